@@ -1,0 +1,74 @@
+"""What a model family must offer the core: the policy protocol.
+
+A new model implements these verbs; a new method never touches one. Shape legend: R score requests, K draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.nn import Parameter
+
+    from mmalign.types import ImageRef, Request, Sample, Score
+
+View = Literal["policy", "reference", "ema"]
+
+
+class Policy(Protocol):
+    """A model that can be aligned. `score` serves offline methods; `sample` serves evaluation and data building."""
+
+    name: str
+    device: Any
+    default_guidance_scale: float
+    default_num_steps: int
+    resolution: int
+
+    def encode_key(self, kind: Literal["image", "prompt"]) -> str:
+        """Identity of the frozen encoder and its settings; part of every cache key, so that a change invalidates."""
+
+    def encode_prompts(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Frozen text features, one record of CPU tensors per prompt. Cacheable."""
+
+    def encode_images(self, images: Sequence[PreparedImage]) -> list[dict[str, Tensor]]:
+        """Frozen image features (diffusion: posterior mean and log-variance), one record of CPU tensors per image."""
+
+    def score(self, requests: Sequence[Request]) -> Score:
+        """Score R requests in one batch; gradients flow to the trainable parameters of the current view."""
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        guidance_scale: float,
+        num_steps: int,
+    ) -> list[Sample]:
+        """One image per (prompt, seed). The initial noise depends on (prompt, seed) alone: same for every view."""
+
+    def view(self, name: View) -> AbstractContextManager[None]:
+        """The one way to switch weights."""
+
+    def trainable(self) -> Iterable[tuple[str, Parameter]]:
+        """Named trainable parameters (fp32)."""
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Modules by role, for parameter counts and memory estimates."""
+
+    def export(self, folder: Path) -> None:
+        """Write the current view in the field's format: a LoRA file or a full pipeline folder."""
+
+
+class PreparedImage(Protocol):
+    """An image after resize, crop and flip: `pixels` uint8 [H, W, 3] plus the sizes SDXL conditions on."""
+
+    pixels: Any
+    original_size: tuple[int, int]
+    crop_top_left: tuple[int, int]
+
+
+__all__ = ["ImageRef", "Policy", "PreparedImage", "View"]
