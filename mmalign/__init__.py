@@ -11,7 +11,7 @@ _LAZY = {
     "Config": "mmalign.config:Config",
     "load_config": "mmalign.config:load_config",
     "load_policy": "mmalign.policies.load:load_policy",
-    "train": "mmalign.run.launch:train",
+    "train": "mmalign.cli:train",
 }
 
 

@@ -23,6 +23,9 @@ TABLES: dict[str, dict[str, str]] = {
         "sd15": "mmalign.policies.families.sd:StableDiffusion",
         "sdxl": "mmalign.policies.families.sdxl:StableDiffusionXL",
     },
+    "loop": {
+        "offline": "mmalign.trainers.offline:train",
+    },
     "method": {
         "preference": "mmalign.trainers.preference:Preference",
     },

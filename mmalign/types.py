@@ -110,20 +110,21 @@ class DrawKey:
     Chosen and rejected of a row, policy and reference, share the key; rank, batch position and worker never enter.
     """
 
+    seed: int
     row_id: str
     draw: int
 
 
 @dataclass(frozen=True)
 class Request:
-    """One score request: how likely is `target` under `context`, at the randomness named by `key`.
+    """One score request: how likely is `target` under `context`, averaged over the K draws named by `keys`.
 
-    `context` and `target` are what the policy's `encode` made of prompt and media; the core never looks inside.
+    `context` and `target` are what the policy's `encode_…` made of prompt and media; the core never looks inside.
     """
 
     context: Any
     target: Any
-    key: DrawKey
+    keys: Sequence[DrawKey]
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,8 @@ class Score:
 class Batch:
     """B encoded rows as the loop hands them to a method.
 
-    `chosen` / `rejected` / `context` hold one encoded record per row. `keys` holds the K draw keys of each row.
+    `context`, `chosen` and `rejected` hold one encoded record per row, `keys` the K draw keys of each row. `slot_B` is
+    each row's place in the reference cache: (position of the row, draw modulo the number of cached draws).
     """
 
     rows: Sequence[Row]
@@ -155,6 +157,7 @@ class Batch:
     rejected: Sequence[Any]
     keys: Sequence[Sequence[DrawKey]]
     preference_B: Tensor
+    slot_B: Sequence[tuple[int, int]]
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -180,3 +180,19 @@ def write_card(folder: Path, facts: dict, text: str) -> None:
 
 def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def make_tokenizer(context_length: int):
+    """A CLIPTokenizer whose words are the world's words; anything else falls back to letters.
+
+    Trained rather than written by hand: hand-made merges split words and overflow a short context, and
+    CLIPTokenizer(vocab_file=...) silently gives a vocabulary of three tokens.
+    """
+    from transformers import CLIPTokenizer
+
+    from mmalign.synthetic.scenes import SPLITS, TIERS
+
+    texts = [text for tier in TIERS for split in SPLITS for text in captions(tier, split)]
+    tokenizer = CLIPTokenizer().train_new_from_iterator(texts, vocab_size=700, show_progress=False)
+    tokenizer.model_max_length = context_length
+    return tokenizer

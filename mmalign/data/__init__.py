@@ -1,1 +1,22 @@
+"""Preference rows: readers, images, the feature cache and the audit.
 
+    config.data ──load.py──▶ RowSet of Row ──cache.py──▶ encoded once, on disk ──features.py──▶ records for a batch
+                   │                                                         audit.py: `mmalign data check`
+                   └─ a reader per format: folders.py, jsonl.py, tables.py (Parquet, hub), pickapic.py, synthetic.py
+
+* A **reader** is a function `read_x(path, *, options…)` that yields `Row`, `BadRow` (unusable: an error or, with
+  `data.on_bad_row: skip`, counted and listed) and `Dropped` (left out on purpose, e.g. a tie). Its keyword-only
+  parameters are its options in the config, checked strictly.
+* To **add a reader**: write the function (in the package, or anywhere: `data.format: my_reader.py:read_mine`), use
+  `fields.RowBuilder` for the checks that all readers share, register the name in `mmalign.registry.TABLES["reader"]`
+  and, if `auto` should find it, teach `readers.detect_format`.
+* **Rows hold references, never pixels.** A million rows fit in memory because an `ImageRef` into a table reads its
+  cell when asked. What needs image bytes (undecodable files, identical bytes) is therefore found when the cache is
+  built, by `load.verify_images`, or by `mmalign data check`, not at load.
+* **Row ids are identities.** Crops, flips, noise and label noise are functions of the id; ids must not depend on the
+  order of rows. Two rows with the same explicit id are an error.
+
+Gotchas: `crop_top_left` counts in the resized *and flipped* image, as in the published SDXL scripts. Random access into
+a Parquet row group decodes the whole column chunk: keep `data.cache: true`. Records from a cache are shared: never
+modify their tensors in place.
+"""

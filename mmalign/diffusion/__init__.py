@@ -1,1 +1,1 @@
-
+"""Schedules and prediction types, in one place: forward process, targets and their conversions."""

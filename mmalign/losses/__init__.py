@@ -1,1 +1,12 @@
+"""Losses as pure functions of tensors: unreduced, no config, no model, no logging.
 
+`preference.py` holds the losses on scores (`[B]` in, `[B]` out). A loss asks for its inputs by parameter name; the
+method passes what is asked for (`Inputs` lists the names) and the keyword-only parameters are its settings. To add one,
+write a function with these names and point a config at it: `losses: [{name: ./my_loss.py:mine, beta: 1}]`.
+
+Every score is −½ · mean squared error for diffusion and flow (fp32), summed nats for tokens.
+"""
+
+from mmalign.losses.preference import dpo, mapo, sft
+
+__all__ = ["dpo", "mapo", "sft"]

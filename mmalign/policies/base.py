@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.nn import Parameter
 
+    from mmalign.config import EmaConfig
     from mmalign.types import ImageRef, Request, Sample, Score
 
 View = Literal["policy", "reference", "ema"]
@@ -58,6 +59,15 @@ class Policy(Protocol):
 
     def modules(self) -> dict[str, nn.Module]:
         """Modules by role, for parameter counts and memory estimates."""
+
+    def start_ema(self, config: EmaConfig) -> Any:
+        """Start the moving average behind the `ema` view and return it (`step`, `shadow_params`)."""
+
+    def release_reference(self) -> None:
+        """Free a second copy of the weights, if there is one; the view builds it again when asked for."""
+
+    def reference_fingerprint(self) -> str:
+        """Identity of the weights as loaded, before any training step."""
 
     def export(self, folder: Path) -> None:
         """Write the current view in the field's format: a LoRA file or a full pipeline folder."""

@@ -1,0 +1,376 @@
+"""Training, selection, scoring and export of the tiny latent-diffusion pipelines; sdxl.py and sd15.py call `build`.
+
+A family says how its components look and how it turns token ids into UNet conditioning; everything else is one path:
+v-prediction on a zero-terminal-SNR schedule, text encoders trained jointly with the UNet, caption dropout to "",
+moving-average weights. The checkpoint is chosen on the dev captions; the held-out captions are scored once, on the
+exported fp16 folder, through the stock diffusers pipeline.
+
+Shapes: B batch, P pool of encoded renders, T tokens, D text width, C = 4 latent channels, H = W = 8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import common
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
+
+from mmalign.synthetic.render import render
+from mmalign.synthetic.scenes import captions, sample_scenes
+from mmalign.synthetic.scorer import Scores, score
+
+GUIDANCE_SCALE = 3.0
+INFERENCE_STEPS = 20
+CONTEXT_LENGTH = 24
+CAPTION_DROPOUT = 0.1
+RELATIONS_SHARE = 0.2
+BATCH_SIZE = 48
+POOL_SIZE = 12000
+EMA_DECAY = 0.998
+UNET_LEARNING_RATE = 2e-3
+TEXT_LEARNING_RATE = 1e-3
+# The base has to be recognisable and wrong often enough for a method to repair; the dev share nearest to this wins.
+TARGET_ALL_RIGHT = 0.60
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    # The default clips the predicted latent to [-1, 1]: all-right .41 becomes 0 on the same weights.
+    "clip_sample": False,
+    "steps_offset": 1,
+}
+
+
+class Family(Protocol):
+    """What differs between the pipelines."""
+
+    name: str
+    pipeline_class: type[DiffusionPipeline]
+    seed: int
+    steps: int
+
+    def components(self, tokenizer) -> dict[str, torch.nn.Module]:
+        """Freshly initialised trainable modules, "unet" among them."""
+
+    def condition(
+        self, modules: dict[str, torch.nn.Module], ids_BT: torch.Tensor, time_ids_B6: torch.Tensor
+    ) -> dict:
+        """Keyword arguments of the UNet's forward for these prompts."""
+
+    def pipeline(self, modules: dict[str, torch.nn.Module], vae, tokenizer, scheduler) -> DiffusionPipeline:
+        """The stock pipeline around these modules."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Encoded train renders: posterior means and deviations [P,C,H,W] in UNet units, captions, and time ids [P,6]."""
+
+    mean_PCHW: torch.Tensor
+    std_PCHW: torch.Tensor
+    texts: list[str]
+    time_ids_P6: torch.Tensor
+
+
+def load_vae() -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(common.WORK_DIR / "vae").eval()
+
+
+def conditioned_renders(seed: int, size: int) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Captions, uint8 images and their true micro-conditioning (original height, width, crop top, left, target h, w).
+
+    Most are plain renders; one in twelve is an upscaled 32 px original and one in twelve a crop of a 72 px one.
+    """
+    rng = np.random.default_rng([seed])
+    num_relations = int(size * RELATIONS_SHARE)
+    texts = [str(t) for t in rng.choice(captions("attributes", "train"), size - num_relations)]
+    texts += [str(t) for t in rng.choice(captions("relations", "train"), num_relations)]
+    texts = [texts[i] for i in rng.permutation(size)]
+    scenes = sample_scenes(texts, rng)
+    px = common.SIZE_PX
+    images = render(scenes, px)
+    time_ids = np.tile(np.array([px, px, 0, 0, px, px], np.float32), (size, 1))
+    num_special = size // 12
+    low = render(scenes[:num_special], 32).astype(np.float32)
+    low_BCHW = torch.from_numpy(low).permute(0, 3, 1, 2)
+    up_BCHW = F.interpolate(low_BCHW, size=(px, px), mode="bicubic", align_corners=False)
+    images[:num_special] = up_BCHW.clamp(0, 255).round().byte().permute(0, 2, 3, 1).numpy()
+    time_ids[:num_special, :2] = 32
+    wide = render(scenes[num_special : 2 * num_special], 72)
+    for n, picture in enumerate(wide, start=num_special):
+        top, left = (int(v) for v in rng.integers(0, 72 - px + 1, size=2))
+        images[n] = picture[top : top + px, left : left + px]
+        time_ids[n, :4] = (72, 72, top, left)
+    return texts, images, time_ids
+
+
+@torch.no_grad()
+def encoded_pool(vae: AutoencoderKL, seed: int) -> Pool:
+    texts, images, time_ids = conditioned_renders(seed, POOL_SIZE)
+    scale = vae.config.scaling_factor
+    means, stds = [], []
+    for start in range(0, POOL_SIZE, 100):
+        posterior = vae.encode(common.to_model(images[start : start + 100])).latent_dist
+        means.append(posterior.mean * scale)
+        stds.append(posterior.std * scale)
+    return Pool(torch.cat(means), torch.cat(stds), texts, torch.from_numpy(time_ids))
+
+
+def tokenize(tokenizer, texts: list[str]) -> torch.Tensor:
+    """As the pipelines do it: padded to the model's length, cut beyond it."""
+    return tokenizer(
+        texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def train(family: Family, steps: int, tokenizer, checkpoint_steps: tuple[int, ...]) -> None:
+    """Train and leave moving-average weights of every checkpoint step in the work folder."""
+    torch.manual_seed(family.seed)
+    modules = family.components(tokenizer)
+    parameters = [p for m in modules.values() for p in m.parameters()]
+    sizes = {name: sum(p.numel() for p in m.parameters()) for name, m in modules.items()}
+    print(f"[{family.name}] parameters {sizes}", flush=True)
+    text_parameters = [p for name, m in modules.items() if name != "unet" for p in m.parameters()]
+    ratio = TEXT_LEARNING_RATE / UNET_LEARNING_RATE
+    optimizer = torch.optim.AdamW(
+        [{"params": list(modules["unet"].parameters())}, {"params": text_parameters}],
+        lr=UNET_LEARNING_RATE,
+        weight_decay=1e-2,
+    )
+    vae = load_vae()
+    started = time.process_time()
+    pool = encoded_pool(vae, family.seed)
+    print(f"[{family.name}] {POOL_SIZE} renders encoded in {time.process_time() - started:.0f} CPU-s", flush=True)
+    ids_PT = tokenize(tokenizer, pool.texts)
+    empty_T = tokenize(tokenizer, [""])[0]
+    alpha_bar = DDIMScheduler(**SCHEDULER).alphas_cumprod
+    emas = {name: common.Ema(m, EMA_DECAY) for name, m in modules.items()}
+    kept = {**modules, **{f"ema_{name}": ema for name, ema in emas.items()}}
+    seen = {"loss": 0.0}
+    for step in common.training_steps(
+        f"{family.name}-train",
+        steps,
+        kept,
+        optimizer,
+        UNET_LEARNING_RATE,
+        lambda: f"loss {seen['loss']:.4f}",
+        checkpoint_steps=checkpoint_steps,
+    ):
+        optimizer.param_groups[1]["lr"] *= ratio  # training_steps set one rate for both groups
+        generator = torch.Generator().manual_seed(family.seed * 1_000_003 + step)
+        pick_B = torch.randint(len(pool.texts), (BATCH_SIZE,), generator=generator)
+        jitter_BCHW = torch.randn(pool.mean_PCHW[pick_B].shape, generator=generator)
+        latent_BCHW = pool.mean_PCHW[pick_B] + pool.std_PCHW[pick_B] * jitter_BCHW
+        noise_BCHW = torch.randn(latent_BCHW.shape, generator=generator)
+        t_B = torch.randint(SCHEDULER["num_train_timesteps"], (BATCH_SIZE,), generator=generator)
+        dropped_B = torch.rand(BATCH_SIZE, generator=generator) < CAPTION_DROPOUT
+        ids_BT = torch.where(dropped_B[:, None], empty_T, ids_PT[pick_B])
+        alpha_B111 = alpha_bar[t_B].sqrt().view(-1, 1, 1, 1)
+        sigma_B111 = (1 - alpha_bar[t_B]).sqrt().view(-1, 1, 1, 1)
+        noisy_BCHW = alpha_B111 * latent_BCHW + sigma_B111 * noise_BCHW
+        velocity_BCHW = alpha_B111 * noise_BCHW - sigma_B111 * latent_BCHW
+        condition = family.condition(modules, ids_BT, pool.time_ids_P6[pick_B])
+        loss = F.mse_loss(modules["unet"](noisy_BCHW, t_B, **condition).sample, velocity_BCHW)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        for name, ema in emas.items():
+            ema.update(modules[name], step)
+        seen["loss"] = 0.95 * seen["loss"] + 0.05 * loss.item() if seen["loss"] else loss.item()
+
+
+def checkpoint_pipeline(family: Family, tokenizer, checkpoint: str) -> DiffusionPipeline:
+    """The stock pipeline around the moving-average weights of one checkpoint, in fp32."""
+    state = common.load_state(checkpoint)
+    if state is None:
+        raise ValueError(f"no checkpoint {checkpoint!r} in {common.WORK_DIR.name}; train first")
+    modules = family.components(tokenizer)
+    for name, module in modules.items():
+        module.load_state_dict(state["modules"][f"ema_{name}"])
+        module.eval()
+    pipe = family.pipeline(modules, load_vae(), tokenizer, DDIMScheduler(**SCHEDULER))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def measure(pipe: DiffusionPipeline, texts: list[str], per_caption: int, guidance: float, seed: int = 0) -> Scores:
+    """Exact scores of `per_caption` images of each text; noise is a function of (seed, text index, image index)."""
+    repeated = [t for t in texts for _ in range(per_caption)]
+    images = []
+    for start in range(0, len(repeated), 64):
+        batch = repeated[start : start + 64]
+        generators = [torch.Generator().manual_seed(seed * 100_003 + start + k) for k in range(len(batch))]
+        out = pipe(
+            batch,
+            guidance_scale=guidance,
+            num_inference_steps=INFERENCE_STEPS,
+            height=common.SIZE_PX,
+            width=common.SIZE_PX,
+            generator=generators,
+            output_type="np",
+        ).images
+        images.append((out * 255.0).round().astype(np.uint8))
+    return score(np.concatenate(images), repeated)
+
+
+def summary(scores: Scores) -> dict[str, float]:
+    """Means of one batch of scores, and the standard error over images of the all-right share."""
+    share = float(scores.all_right.mean())
+    names = dict.fromkeys(p.name for s in scores.images for p in s.parts)
+    return {
+        "graded": round(float(scores.graded.mean()), 4),
+        "fraction": round(float(scores.fraction.mean()), 4),
+        "all_right": round(share, 4),
+        "all_right_standard_error": round(math.sqrt(share * (1 - share) / len(scores.images)), 4),
+        **{f"{name}_right": round(scores.accuracy(name), 4) for name in names},
+    }
+
+
+@torch.no_grad()
+def vae_ceiling(vae: AutoencoderKL, tier: str, split: str, seed: int = 99) -> dict[str, float]:
+    """Scores of encoded and decoded renders: what no generator on this VAE can beat."""
+    texts, images = common.renders_of(list(captions(tier, split)), seed, 4)
+    latent_BCHW = vae.encode(common.to_model(images)).latent_dist.mean
+    return summary(score(common.to_uint8(vae.decode(latent_BCHW).sample), texts))
+
+
+def export(pipe: DiffusionPipeline, family: Family, facts: dict, text: str) -> Path:
+    """Write the fp16 pipeline folder with its card in place of the old one."""
+    target = common.ASSETS_DIR / family.name
+    with common.replaced_folder(target) as folder:
+        pipe.to(dtype=torch.float16).save_pretrained(folder)
+        facts["bytes"] = common.folder_bytes(folder)
+        common.write_card(folder, facts, text.format(**facts))
+    return target
+
+
+def load_exported(family: Family) -> DiffusionPipeline:
+    """The shipped folder as a user loads it, computing in fp32."""
+    pipe = family.pipeline_class.from_pretrained(common.ASSETS_DIR / family.name, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+PREVIEW_CARD = "# {name}\n\nPreview written during training; scores are not measured yet.\n"
+
+
+def build(family: Family) -> None:
+    """Train, choose the checkpoint on dev, export, score the export on held-out once, and write the card."""
+    parser = argparse.ArgumentParser(description=f"Train assets/{family.name}.")
+    parser.add_argument("--steps", type=int, default=family.steps)
+    parser.add_argument("--preview", metavar="CHECKPOINT", help="export this checkpoint unscored, and stop")
+    parser.add_argument("--only-train", action="store_true", help="stop before choosing and exporting")
+    arguments = parser.parse_args()
+    tokenizer = common.make_tokenizer(CONTEXT_LENGTH)
+    if arguments.preview:
+        pipe = checkpoint_pipeline(family, tokenizer, arguments.preview)
+        facts = {"name": family.name, "preview": True, "guidance_scale": GUIDANCE_SCALE}
+        print(export(pipe, family, facts | {"num_inference_steps": INFERENCE_STEPS}, PREVIEW_CARD))
+        return
+    candidates = tuple(range(1000, arguments.steps + 1, 500))
+    train(family, arguments.steps, tokenizer, candidates)
+    if arguments.only_train:
+        return
+
+    dev = list(captions("attributes", "dev"))
+    dev_scores = {}
+    for step in candidates:
+        pipe = checkpoint_pipeline(family, tokenizer, f"{family.name}-train-{step}")
+        dev_scores[step] = round(float(measure(pipe, dev, 4, GUIDANCE_SCALE).all_right.mean()), 4)
+        print(f"[{family.name}] dev all-right at step {step}: {dev_scores[step]:.3f}", flush=True)
+    chosen = min(candidates, key=lambda step: abs(dev_scores[step] - TARGET_ALL_RIGHT))
+    facts = {
+        "name": family.name,
+        "format": "diffusers",
+        "image_size_px": common.SIZE_PX,
+        "guidance_scale": GUIDANCE_SCALE,
+        "num_inference_steps": INFERENCE_STEPS,
+        "unconditional_prompt": "",
+        "chosen_step": chosen,
+        "total_steps": arguments.steps,
+        "batch_size": BATCH_SIZE,
+        "seed": family.seed,
+        "dev_all_right_by_step": {str(k): v for k, v in dev_scores.items()},
+        "command": f"python assets/build/{family.name.split('-')[0]}.py",
+    }
+    pipe = checkpoint_pipeline(family, tokenizer, f"{family.name}-train-{chosen}")
+    export(pipe, family, facts | {"preview": True}, PREVIEW_CARD)
+    pipe = load_exported(family)
+    names = ("unet", "vae", "text_encoder", "text_encoder_2")
+    facts["parameters"] = {
+        n: sum(p.numel() for p in getattr(pipe, n).parameters()) for n in names if getattr(pipe, n, None) is not None
+    }
+    facts["vae_facts"] = json.loads((common.WORK_DIR / "vae" / "facts.json").read_text())
+    heldout = {"attributes": list(captions("attributes", "heldout")), "relations": list(captions("relations", "heldout"))}
+    facts["vae_ceiling"] = {tier: vae_ceiling(pipe.vae, tier, "heldout") for tier in heldout}
+    facts["heldout"] = {
+        tier: {f"guidance_{g:g}": summary(measure(pipe, texts, 4, g)) for g in (1.0, GUIDANCE_SCALE, 5.0)}
+        for tier, texts in heldout.items()
+    }
+    print(json.dumps(facts, indent=1), flush=True)
+    pipe = checkpoint_pipeline(family, tokenizer, f"{family.name}-train-{chosen}")
+    export(pipe, family, facts, card_text(family, facts))
+
+
+def card_text(family: Family, facts: dict) -> str:
+    """README.md of a pipeline folder; `{bytes}` is filled in on export."""
+    ceiling = facts["vae_ceiling"]
+    rows = []
+    for tier, by_guidance in facts["heldout"].items():
+        for key, s in by_guidance.items():
+            rows.append(
+                f"| {tier} | {key.removeprefix('guidance_')} | {s['graded']:.3f} | {s['fraction']:.3f} "
+                f"| {s['all_right']:.3f} ± {s['all_right_standard_error']:.3f} |"
+            )
+        c = ceiling[tier]
+        rows.append(f"| {tier} | VAE ceiling | {c['graded']:.3f} | {c['fraction']:.3f} | {c['all_right']:.3f} |")
+    table = "\n".join(rows)
+    sizes = ", ".join(f"{n} {k:,}" for n, k in facts["parameters"].items())
+    dev = ", ".join(f"{k}: {v:.2f}" for k, v in facts["dev_all_right_by_step"].items())
+    class_name = family.pipeline_class.__name__
+    return f"""# {family.name}
+
+A real `{class_name}` at tiny width, trained on the mmalign synthetic world: {facts['image_size_px']} px images,
+8 x 8 x 4 latents, fp16 on disk, {{bytes:,}} bytes in all. Deliberately imperfect: it often gets a part of its
+caption wrong, which is what preference training is there to repair.
+
+```python
+from diffusers import {class_name}
+
+pipe = {class_name}.from_pretrained("assets/{family.name}", torch_dtype=torch.float32)
+pipe("a large red circle on a white background", guidance_scale={GUIDANCE_SCALE:g}, num_inference_steps={INFERENCE_STEPS},
+     height={facts['image_size_px']}, width={facts['image_size_px']}).images[0]
+```
+
+| | |
+|---|---|
+| data | {POOL_SIZE:,} renders of train captions (one in five from the relations tier), VAE trained on fresh renders of the same captions |
+| objective | v-prediction, zero terminal SNR, trailing spacing, caption dropout {CAPTION_DROPOUT} to the empty string, text encoders trained jointly, EMA {EMA_DECAY} |
+| steps, batch, seed | {facts['chosen_step']} of {facts['total_steps']}, {facts['batch_size']}, {facts['seed']} |
+| parameters | {sizes} |
+| command | `python assets/build/vae.py && {facts['command']}` |
+
+The checkpoint was chosen on the 32 dev captions (all-right share at guidance {GUIDANCE_SCALE:g} nearest to {TARGET_ALL_RIGHT}; {dev}).
+Held-out captions were scored once, 4 images each, {INFERENCE_STEPS} DDIM steps, exact scorer (`mmalign.synthetic.scorer`):
+
+| tier | guidance | graded | fraction | all right |
+|---|---|---|---|---|
+{table}
+
+Unconditional prompt: the empty string (not zeroed embeddings). `vae.config.scaling_factor` is 0.5; the latents' channel
+means and deviations are folded into the VAE's 1 x 1 convolutions. `clip_sample` must stay False.
+"""

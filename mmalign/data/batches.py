@@ -1,0 +1,147 @@
+"""Which rows meet which randomness in which step: a pure function of (seed, step), so there is no loader state to save.
+
+Positions run through the epochs without a gap: step s takes positions [s·G, (s+1)·G) of the concatenated permutations,
+with G = batch_size · accumulate · processes; micro-batch and process pick slices of those G. The draw ids of a row in
+epoch e are e·K … e·K + K−1, taken modulo C when C cached reference draws are cycled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from mmalign import randomness
+from mmalign.config import DataConfig
+from mmalign.types import Batch, DrawKey, Row
+
+
+@dataclass(frozen=True)
+class Order:
+    """The data order. Positions count rows over all epochs."""
+
+    num_rows: int
+    seed: int
+
+    def row(self, position: int) -> tuple[int, int]:
+        """(row index, epoch) of a position."""
+        epoch, place = divmod(position, self.num_rows)
+        return int(_permutation(self.num_rows, self.seed, epoch)[place]), epoch
+
+
+@lru_cache(maxsize=4)
+def _permutation(num_rows: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(num_rows, generator=randomness.generator(seed, "order", "", epoch))
+
+
+class Batches:
+    """Encoded batches by (step, micro-batch).
+
+    Args:
+        rows: all rows of the run.
+        features: encodes or looks up prompts and images (`mmalign.data.features.Features`).
+        data: the `data` section.
+        seed: of the run.
+        batch_size, accumulate: rows per forward, forwards per step.
+        num_draws: K draws per row and visit.
+        rank, world_size: this process's place.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        features: Any,
+        data: DataConfig,
+        *,
+        seed: int,
+        batch_size: int,
+        accumulate: int,
+        num_draws: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if data.cache_reference and data.cache_reference % num_draws:
+            raise ValueError(
+                f"data.cache_reference = {data.cache_reference}: must be a multiple of train.num_draws = {num_draws}"
+            )
+        self.rows, self.features, self.data, self.seed = rows, features, data, seed
+        self.batch_size, self.accumulate, self.num_draws = batch_size, accumulate, num_draws
+        self.rank, self.world_size = rank, world_size
+        self.order = Order(len(rows), seed)
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_size * self.accumulate * self.world_size
+
+    def visits(self, step: int, micro: int) -> list[tuple[int, int]]:
+        """(row index, visit number of that row) of this process's micro-batch."""
+        start = step * self.rows_per_step + (micro * self.world_size + self.rank) * self.batch_size
+        return [self.order.row(position) for position in range(start, start + self.batch_size)]
+
+    def make(self, visits: Sequence[tuple[int, int]]) -> Batch:
+        """The batch of these (row index, visit) pairs.
+
+        Crop, flip and prompt dropout belong to a row's visit and follow its first draw, the same for both images.
+        """
+        rows = [self.rows[index] for index, _ in visits]
+        draws = [self._draws(visit) for _, visit in visits]
+        keys = [[DrawKey(self.seed, row.id, d) for d in ds] for row, ds in zip(rows, draws, strict=True)]
+        crops = [self._crop(ds[0]) for ds in draws]
+        flips = [self._flip(row, ds[0]) for row, ds in zip(rows, draws, strict=True)]
+        prompts = [self._prompt(row, ds[0]) for row, ds in zip(rows, draws, strict=True)]
+        paired = [row for row in rows if row.rejected is not None]
+        if paired and len(paired) != len(rows):
+            raise ValueError("a batch mixes rows with and without `rejected`; use one kind per run")
+        sides = [row.chosen for row in rows] + [row.rejected for row in paired if row.rejected is not None]
+        repeat = 2 if paired else 1
+        images = self.features.images(
+            sides, [row.id for row in rows] * repeat, crops * repeat, flips * repeat
+        )
+        slots = [
+            (index, (ds[0] // self.num_draws)) for (index, _), ds in zip(visits, draws, strict=True)
+        ]
+        return Batch(
+            rows=rows,
+            context=self.features.prompts(prompts),
+            chosen=images[: len(rows)],
+            rejected=images[len(rows) :],
+            keys=keys,
+            preference_B=torch.tensor([row.preference for row in rows]),
+            slot_B=slots,
+        )
+
+    def iterate(self, first_step: int, last_step: int) -> Iterator[Batch]:
+        """All micro-batches of steps [first_step, last_step), prepared `num_workers` ahead in threads."""
+        places = ((step, micro) for step in range(first_step, last_step) for micro in range(self.accumulate))
+        if not self.data.num_workers:
+            for step, micro in places:
+                yield self.make(self.visits(step, micro))
+            return
+        with ThreadPoolExecutor(self.data.num_workers) as pool:
+            waiting: list[Future[Batch]] = []
+            for step, micro in places:
+                waiting.append(pool.submit(self.make, self.visits(step, micro)))
+                if len(waiting) > self.data.num_workers:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+
+    def _draws(self, visit: int) -> list[int]:
+        first = visit * self.num_draws
+        if self.data.cache_reference:
+            first %= self.data.cache_reference
+        return list(range(first, first + self.num_draws))
+
+    def _crop(self, draw: int) -> int:
+        return draw % self.data.num_crops if self.data.crop == "random" else 0
+
+    def _flip(self, row: Row, draw: int) -> bool:
+        return self.data.flip and randomness.uniform(self.seed, "flip", row.id, draw) < 0.5
+
+    def _prompt(self, row: Row, draw: int) -> str:
+        dropped = randomness.uniform(self.seed, "prompt_dropout", row.id, draw) < self.data.prompt_dropout
+        return "" if dropped else row.prompt

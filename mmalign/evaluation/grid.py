@@ -1,0 +1,374 @@
+"""A comparison grid as one PNG: a row for each prompt, a column for each model and seed, scores under each image.
+
+Drawn with Pillow and the font inside it, so it looks the same everywhere. Tiny images are enlarged by a whole factor
+without smoothing (what is shown is what the model made); large ones are reduced with Lanczos.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmalign.evaluation.files import replacing
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw
+
+PAPER, INK, MUTED, FAINT, LINE, PLACEHOLDER = "#ffffff", "#16181d", "#6b7280", "#9ca3af", "#e5e7eb", "#f3f4f6"
+GAIN, LOSS = "#15803d", "#b91c1c"
+
+MARGIN, GAP, GROUP_GAP, ROW_GAP = 40, 16, 40, 26
+LABEL_WIDTH, MIN_CONTENT_WIDTH = 270, 420
+TITLE_PX, TEXT_PX, HEADER_PX, PROMPT_PX, SCORE_PX = 30, 17, 18, 19, 16
+LEADING = 1.36
+SMALL_IMAGE_PX, LARGE_CELL_PX, MIN_CELL_PX = 200, 320, 48
+MAX_PIXELS = 40_000_000
+
+
+@dataclass(frozen=True)
+class CellScore:
+    """One score line. `gain` is the difference to the baseline (None: this cell is the baseline or has no partner);
+    `better` says which way is good, None for neither."""
+
+    name: str
+    value: float
+    gain: float | None = None
+    better: bool | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An image (or the file that holds it, opened only when drawn), with its scores. None draws a placeholder."""
+
+    image: Image.Image | Path | None
+    scores: Sequence[CellScore] = ()
+
+
+@dataclass(frozen=True)
+class Column:
+    """Cells from top to bottom. Neighbours with the same `group` (a seed) stand close together under its name."""
+
+    label: str
+    cells: Sequence[Cell]
+    group: str = ""
+
+
+def format_score(value: float, sign: bool = False) -> str:
+    """About three significant places, `n/a` for an invalid score."""
+    if not math.isfinite(value):
+        return "n/a"
+    digits = 1 if abs(value) >= 100 else 2 if abs(value) >= 10 else 3
+    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+    # A difference that rounds to nothing has no sign.
+    return text if float(text) else text.lstrip("+-")
+
+
+def save_grid(
+    path: Path,
+    prompts: Sequence[str],
+    columns: Sequence[Column],
+    *,
+    title: str = "",
+    lines: Sequence[str] = (),
+    max_pixels: int = MAX_PIXELS,
+) -> int:
+    """Draw the grid and put it at `path`, complete or not at all.
+
+    Args:
+        prompts: row labels, wrapped.
+        columns: each with one cell per prompt; images may differ in size and are centred in equal cells.
+        lines: run information under the title.
+        max_pixels: cells shrink, and then rows are left out (a line at the bottom says how many), to stay below it.
+
+    Returns the number of prompts drawn. Raises `ValueError` if a column has another number of cells than prompts.
+    """
+    from PIL import Image, ImageDraw
+
+    if not prompts or not columns:
+        raise ValueError(f"a grid needs prompts and columns, got {len(prompts)} and {len(columns)}")
+    for column in columns:
+        if len(column.cells) != len(prompts):
+            raise ValueError(f"column {column.label!r} has {len(column.cells)} cells for {len(prompts)} prompts")
+    layout = _plan(prompts, columns, title, lines, max_pixels)
+    canvas = Image.new("RGB", (layout.width, layout.height), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    y = _draw_head(draw, layout)
+    _draw_column_heads(draw, layout, columns, y)
+    y += layout.column_head
+    for row in range(layout.num_rows):
+        draw.line([(MARGIN, y), (layout.width - MARGIN, y)], fill=LINE)
+        y += ROW_GAP // 2
+        _draw_prompt(draw, layout, row, prompts[row], y)
+        for column, x in zip(columns, layout.column_x, strict=True):
+            _draw_cell(canvas, draw, layout, column.cells[row], x, y)
+        y += layout.row - ROW_GAP // 2
+    if layout.footer:
+        _text(draw, (MARGIN, y + 4), layout.footer, TEXT_PX, MUTED)
+    with replacing(path) as temporary:
+        canvas.save(temporary, format="PNG", optimize=True)
+    return layout.num_rows
+
+
+@dataclass(frozen=True)
+class _Layout:
+    width: int
+    height: int
+    cell_w: int
+    cell_h: int
+    row: int
+    num_rows: int
+    column_x: Sequence[int]
+    column_head: int
+    has_groups: bool
+    title: Sequence[str]
+    lines: Sequence[str]
+    footer: str
+
+
+def _plan(
+    prompts: Sequence[str], columns: Sequence[Column], title: str, lines: Sequence[str], max_pixels: int
+) -> _Layout:
+    sizes = [size for column in columns for cell in column.cells if (size := _size(cell.image))]
+    native_w = max((w for w, _ in sizes), default=SMALL_IMAGE_PX)
+    native_h = max((h for _, h in sizes), default=SMALL_IMAGE_PX)
+    side = max(native_w, native_h)
+    # A whole factor keeps every pixel of a tiny image a clean square.
+    cell_side = side * math.ceil(SMALL_IMAGE_PX / side) if side < SMALL_IMAGE_PX else min(side, LARGE_CELL_PX)
+    num_rows = len(prompts)
+    while True:
+        layout = _measure(prompts, columns, title, lines, (native_w, native_h), cell_side, num_rows)
+        if layout.width * layout.height <= max_pixels:
+            return layout
+        if cell_side > MIN_CELL_PX * 2 and cell_side > side:
+            cell_side = max(side, MIN_CELL_PX * 2)
+        elif cell_side > MIN_CELL_PX * 2:
+            cell_side = max(int(cell_side * 0.85), MIN_CELL_PX * 2)
+        elif num_rows > 1:
+            num_rows -= 1
+        elif cell_side > MIN_CELL_PX:
+            cell_side = MIN_CELL_PX
+        else:
+            raise ValueError(
+                f"a grid of {len(columns)} columns takes {layout.width * layout.height} pixels even with one row of "
+                f"{MIN_CELL_PX}-pixel images, more than max_pixels = {max_pixels}; show fewer columns or seeds"
+            )
+
+
+def _measure(
+    prompts: Sequence[str],
+    columns: Sequence[Column],
+    title: str,
+    lines: Sequence[str],
+    native: tuple[int, int],
+    cell_side: int,
+    num_rows: int,
+) -> _Layout:
+    scale = cell_side / max(native)
+    cell_w, cell_h = max(1, round(native[0] * scale)), max(1, round(native[1] * scale))
+    x, column_x = MARGIN + LABEL_WIDTH + GROUP_GAP, []
+    for index, column in enumerate(columns):
+        if index:
+            x += GAP if column.group and column.group == columns[index - 1].group else GROUP_GAP
+        column_x.append(x)
+        x += cell_w
+    width = max(x, MARGIN + LABEL_WIDTH + MIN_CONTENT_WIDTH) + MARGIN
+    has_groups = any(column.group for column in columns)
+    num_scores = max((len(cell.scores) for column in columns for cell in column.cells), default=0)
+    row = ROW_GAP + cell_h + (8 + _line(SCORE_PX) * num_scores if num_scores else 0)
+    wrapped_title = wrap(title, TITLE_PX, width - 2 * MARGIN) if title else []
+    wrapped_lines = [part for text in lines for part in wrap(text, TEXT_PX, width - 2 * MARGIN)]
+    column_head = (_line(TEXT_PX) if has_groups else 0) + _line(HEADER_PX) + 8
+    left_out = len(prompts) - num_rows
+    footer = f"{left_out} more prompt{'s' * (left_out != 1)} left out to keep the picture small" if left_out else ""
+    head = _line(TITLE_PX) * len(wrapped_title) + _line(TEXT_PX) * len(wrapped_lines)
+    height = MARGIN + head + (24 if head else 0) + column_head + num_rows * row + (_line(TEXT_PX) + 12) * bool(footer)
+    return _Layout(
+        width=width,
+        height=height + MARGIN - ROW_GAP // 2,
+        cell_w=cell_w,
+        cell_h=cell_h,
+        row=row,
+        num_rows=num_rows,
+        column_x=column_x,
+        column_head=column_head,
+        has_groups=has_groups,
+        title=wrapped_title,
+        lines=wrapped_lines,
+        footer=footer,
+    )
+
+
+def _draw_head(draw: ImageDraw.ImageDraw, layout: _Layout) -> int:
+    y = MARGIN
+    for text in layout.title:
+        _text(draw, (MARGIN, y), text, TITLE_PX, INK)
+        y += _line(TITLE_PX)
+    for text in layout.lines:
+        _text(draw, (MARGIN, y), text, TEXT_PX, MUTED)
+        y += _line(TEXT_PX)
+    return y + (24 if y > MARGIN else 0)
+
+
+def _draw_column_heads(draw: ImageDraw.ImageDraw, layout: _Layout, columns: Sequence[Column], y: int) -> None:
+    for index, (column, x) in enumerate(zip(columns, layout.column_x, strict=True)):
+        below = y
+        if layout.has_groups:
+            if index == 0 or column.group != columns[index - 1].group:
+                _text(draw, (x, y), column.group, TEXT_PX, FAINT)
+            below += _line(TEXT_PX)
+        _text(draw, (x, below), _shorten(column.label, HEADER_PX, layout.cell_w), HEADER_PX, INK)
+
+
+def _draw_prompt(draw: ImageDraw.ImageDraw, layout: _Layout, row: int, prompt: str, y: int) -> None:
+    room = max(1, (layout.row - ROW_GAP) // _line(PROMPT_PX) - 1)
+    _text(draw, (MARGIN, y - 2), str(row + 1), SCORE_PX, FAINT)
+    y += _line(SCORE_PX)
+    for line in wrap(prompt or "(empty prompt)", PROMPT_PX, LABEL_WIDTH, max_lines=room):
+        _text(draw, (MARGIN, y), line, PROMPT_PX, INK if prompt else FAINT)
+        y += _line(PROMPT_PX)
+
+
+def _draw_cell(canvas: Image.Image, draw: ImageDraw.ImageDraw, layout: _Layout, cell: Cell, x: int, y: int) -> None:
+    box = (x, y, x + layout.cell_w - 1, y + layout.cell_h - 1)
+    image = _open(cell.image)
+    if image is None:
+        draw.rectangle(box, fill=PLACEHOLDER, outline=LINE)
+        text = "no image"
+        offset = (layout.cell_w - _width(text, SCORE_PX)) // 2
+        _text(draw, (x + offset, y + layout.cell_h // 2 - SCORE_PX // 2), text, SCORE_PX, FAINT)
+    else:
+        fitted = fit(image, layout.cell_w, layout.cell_h)
+        if fitted.size != (layout.cell_w, layout.cell_h):
+            draw.rectangle(box, fill=PLACEHOLDER)
+        canvas.paste(fitted, (x + (layout.cell_w - fitted.width) // 2, y + (layout.cell_h - fitted.height) // 2))
+    y += layout.cell_h + 8
+    for score in cell.scores:
+        _draw_score(draw, layout, score, x, y)
+        y += _line(SCORE_PX)
+
+
+def _draw_score(draw: ImageDraw.ImageDraw, layout: _Layout, score: CellScore, x: int, y: int) -> None:
+    right = x + layout.cell_w
+    if score.gain is not None and math.isfinite(score.gain):
+        text = format_score(score.gain, sign=True)
+        unchanged = score.better is None or text[0] not in "+-"
+        _text(
+            draw,
+            (right - _width(text, SCORE_PX), y),
+            text,
+            SCORE_PX,
+            MUTED if unchanged else GAIN if score.better else LOSS,
+        )
+        # Gains of the usual length stand in one column, and so do the scores before them.
+        right -= max(_width(text, SCORE_PX), _width("+0.000", SCORE_PX)) + 10
+    text = format_score(score.value)
+    right -= _width(text, SCORE_PX)
+    _text(draw, (right, y), text, SCORE_PX, INK)
+    _text(draw, (x, y), _shorten(score.name, SCORE_PX, right - 8 - x), SCORE_PX, MUTED)
+
+
+def fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The image scaled into width × height with its proportions: hard pixels when enlarged twice or more, else Lanczos."""
+    from PIL import Image
+
+    scale = min(width / image.width, height / image.height)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    if size == image.size:
+        return image
+    return image.resize(size, Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS)
+
+
+def wrap(text: str, size: int, width: int, max_lines: int | None = None) -> list[str]:
+    """Lines no wider than `width` pixels. A word wider than a line is broken; text beyond `max_lines` ends in `…`."""
+    lines, current = [], ""
+    for word in text.split():
+        candidate = f"{current} {word}" if current else word
+        if _width(candidate, size) <= width:
+            current = candidate
+            continue
+        if current:
+            lines.append(current)
+        while _width(word, size) > width and len(word) > 1:
+            fits = next((n for n in range(len(word) - 1, 1, -1) if _width(word[:n], size) <= width), 1)
+            lines.append(word[:fits])
+            word = word[fits:]
+        current = word
+    lines.append(current)
+    if max_lines is not None and len(lines) > max_lines:
+        lines = [*lines[: max_lines - 1], _shorten(" ".join(lines[max_lines - 1 :]), size, width)]
+    return lines
+
+
+def _shorten(text: str, size: int, width: int) -> str:
+    if _width(text, size) <= width:
+        return text
+    # Never measure more of an endless prompt than could fit.
+    text = text[: max(1, width)]
+    while text and _width(text + "…", size) > width:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+def _size(image: Any) -> tuple[int, int] | None:
+    if isinstance(image, Path):
+        from PIL import Image
+
+        with Image.open(image) as opened:
+            return opened.size
+    return None if image is None else image.size
+
+
+def _open(image: Any) -> Image.Image | None:
+    if isinstance(image, Path):
+        from PIL import Image
+
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
+    return None if image is None else image.convert("RGB")
+
+
+def _line(size: int) -> int:
+    return round(size * LEADING)
+
+
+def _text(draw: ImageDraw.ImageDraw, xy: tuple[int, int], text: str, size: int, fill: str) -> None:
+    draw.text(xy, text, font=_font(text, size), fill=fill)
+
+
+def _width(text: str, size: int) -> int:
+    return math.ceil(_font(text, size).getlength(text))
+
+
+def _font(text: str, size: int) -> Any:
+    """The font inside Pillow; where it lacks a letter of `text` (it is Latin only), a system font that has it."""
+    if all(_has(None, letter) for letter in set(text)):
+        return _load(None, size)
+    for name in ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf"):
+        if _load(name, size) is not None and all(_has(name, letter) for letter in set(text)):
+            return _load(name, size)
+    return _load(None, size)
+
+
+@lru_cache(maxsize=64)
+def _load(name: str | None, size: int) -> Any:
+    from PIL import ImageFont
+
+    if name is None:
+        return ImageFont.load_default(size)
+    try:
+        return ImageFont.truetype(name, size)
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=4096)
+def _has(name: str | None, letter: str) -> bool:
+    if letter.isspace():
+        return True
+    font = _load(name, 20)
+    # An unassigned code point draws the font's "missing" box.
+    return bytes(font.getmask(letter)) != bytes(font.getmask("\U0010ffff"))

@@ -1,0 +1,155 @@
+"""Preference losses on scores, shared by diffusion, flow and token policies.
+
+Shape legend: B rows. A score s is −½ · mean squared error in the network's own prediction space (diffusion, flow) or
+summed nats (tokens). A ratio is ρ = s − s_ref, the log-likelihood ratio to the reference (surrogate or exact).
+Nothing is reduced: the caller averages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, TypeVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+LN2 = math.log(2)
+Loss = TypeVar("Loss", bound=Callable[..., Tensor])
+
+
+def declares(*, golden: float | None, accepts: tuple[str, ...] = ("exact", "surrogate")) -> Callable[[Loss], Loss]:
+    """What is known of a loss beforehand: its value at step 0 (policy = reference) and the score kinds it is defined for."""
+
+    def mark(function: Loss) -> Loss:
+        function.golden = golden  # type: ignore[attr-defined]
+        function.accepts = accepts  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+@declares(golden=LN2)
+def dpo(
+    chosen_ratio_B: Tensor,
+    rejected_ratio_B: Tensor,
+    preference_B: Tensor | None = None,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    robust: bool = False,
+) -> Tensor:
+    """Direct preference optimisation: −log σ(h), h = β(ρ_w − ρ_l).
+
+    With label noise ε the two forms are
+    cDPO: −(1−ε) log σ(h) − ε log σ(−h), and robust: (−(1−ε) log σ(h) + ε log σ(−h)) / (1−2ε).
+
+    Args:
+        chosen_ratio_B, rejected_ratio_B: ρ of the preferred and the other sample, `[B]`.
+        preference_B: probability that `chosen` is preferred, `[B]` in [0, 1]; ½ is a tie. Default 1.
+        beta: inverse temperature in units of 1/score. On diffusion scores β = 5000 is Diffusion-DPO as published for
+            SDXL (the ½ sits in the score); on summed nats 0.1 is usual.
+        label_smoothing: ε in [0, ½), assumed share of flipped labels.
+        robust: unbiased rDPO form instead of conservative cDPO.
+
+    Returns `[B]`; ln 2 everywhere at ρ = 0, whatever ε.
+    Raises `ValueError` on β ≤ 0 or ε outside [0, ½).
+    Source: Diffusion-DPO arXiv 2311.12908 (released code; the pseudocode sums errors where the code averages them);
+    cDPO arXiv 2305.18290 note; robust DPO arXiv 2403.00409, eq. 11.
+    """
+    if not beta > 0:
+        raise ValueError(f"beta = {beta}: must be positive (diffusion scores: about 2000 to 5000, nats: about 0.1)")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing = {label_smoothing}: must be in [0, 0.5); at 0.5 labels carry nothing")
+    h_B = beta * (chosen_ratio_B.float() - rejected_ratio_B.float())
+    right_B, wrong_B = -F.logsigmoid(h_B), -F.logsigmoid(-h_B)
+    if preference_B is not None:
+        p_B = preference_B.float()
+        right_B, wrong_B = p_B * right_B + (1 - p_B) * wrong_B, p_B * wrong_B + (1 - p_B) * right_B
+    if robust:
+        return ((1 - label_smoothing) * right_B - label_smoothing * wrong_B) / (1 - 2 * label_smoothing)
+    return (1 - label_smoothing) * right_B + label_smoothing * wrong_B
+
+
+@declares(golden=None, accepts=("surrogate",))
+def mapo(
+    chosen_score_B: Tensor,
+    rejected_score_B: Tensor,
+    *,
+    margin_weight: float = 0.1,
+    temperature: float = 1000.0,
+    snr: float = 0.5,
+    form: Literal["released", "paper"] = "released",
+    beta: float = 8.0,
+) -> Tensor:
+    """Margin-aware preference optimisation, reference-free: winner error plus a bounded margin term.
+
+    With the error L = −2s and φ(x) = x / (eˣ − 1), decreasing from φ(0) = 1:
+    released: L_w − margin_weight · log σ(temperature · (φ(snr·L_w) − φ(snr·L_l)));
+    paper:    L_w − (1/β) · log σ(φ(L_w)^β − φ(L_l)^β).
+
+    Args:
+        chosen_score_B, rejected_score_B: scores, `[B]`, s ≤ 0.
+        margin_weight, temperature, snr: released code (0.1, the number of training timesteps 1000, 0.5; "snr" is a constant
+            there, not a signal-to-noise ratio). Not used by `form: paper`.
+        form: the two differ: at small L the logit's slope is −temperature·snr/2 = −250 in the code, −β/2 in the paper.
+        beta: paper form only; the paper's Table 4 uses 8 for general preference up to 1024 for personalisation.
+
+    Returns `[B]`. No golden value: it depends on the errors. Finite, with finite gradients, at zero error.
+    Source: arXiv 2406.06424 (v2, eq. 11, power reading) and the authors' released code.
+    """
+    chosen_error_B, rejected_error_B = -2 * chosen_score_B.float(), -2 * rejected_score_B.float()
+    if form == "released":
+        margin_B = temperature * bose_margin(snr * chosen_error_B, snr * rejected_error_B)
+        return chosen_error_B - margin_weight * F.logsigmoid(margin_B)
+    if form != "paper":
+        raise ValueError(f"form = {form!r}: must be 'released' or 'paper'")
+    if not beta > 0:
+        raise ValueError(f"beta = {beta}: must be positive (the paper uses 8 to 1024)")
+    # φ^β through logarithms; the difference through expm1, so that large β and near-equal errors keep their digits.
+    log_chosen_B, log_rejected_B = beta * log_bose(chosen_error_B), beta * log_bose(rejected_error_B)
+    margin_B = torch.exp(log_rejected_B) * torch.expm1(log_chosen_B - log_rejected_B)
+    return chosen_error_B - F.logsigmoid(margin_B) / beta
+
+
+@declares(golden=None)
+def sft(chosen_score_B: Tensor) -> Tensor:
+    """Supervised fine-tuning on the winner: the error L_w = −2s for diffusion and flow.
+
+    As a term beside `dpo` it is the anchor that keeps the winner's error from rising.
+
+    Args:
+        chosen_score_B: scores of the preferred samples, `[B]`.
+    """
+    return -2 * chosen_score_B.float()
+
+
+def bose(x: Tensor) -> Tensor:
+    """φ(x) = x / (eˣ − 1) for x ≥ 0, exact to fp32 rounding down to 0, where φ = 1 and φ' = −½.
+
+    `expm1` avoids the cancellation of `exp(x) − 1`; below 1e-4 the series 1 − x/2 + x²/12 is exact in fp32.
+    """
+    small = x < 1e-4
+    safe = torch.where(small, torch.ones_like(x), x)
+    return torch.where(small, 1 - x / 2 + x * x / 12, safe / torch.expm1(safe))
+
+
+def log_bose(x: Tensor) -> Tensor:
+    """log φ(x), see `bose`; below 1e-2 by its series −x/2 − x²/24 + x⁴/2880."""
+    small = x < 1e-2
+    safe = torch.where(small, torch.ones_like(x), x)
+    series = -x / 2 - x * x / 24 + x**4 / 2880
+    return torch.where(small, series, torch.log(safe) - safe - torch.log(-torch.expm1(-safe)))
+
+
+def bose_margin(x: Tensor, y: Tensor) -> Tensor:
+    """φ(x) − φ(y) without the cancellation that φ(x) − φ(y) suffers at small, near-equal arguments.
+
+    Evaluated in float64: the temperature of 1000 would multiply fp32 rounding of φ (6e-8) into the fifth digit of the
+    logit, and a few scalars per batch cost nothing.
+    """
+    if x.device.type == "mps":  # no float64 there
+        return bose(x) - bose(y)
+    return (bose(x.double()) - bose(y.double())).to(x.dtype)
+

@@ -1,0 +1,200 @@
+"""One network, several views of its weights: `policy` (trained), `reference` (frozen start), `ema`.
+
+With LoRA the reference is the same network with the trained adapter off; stacked frozen adapters belong to both. With
+full fine-tuning it is a second copy of the base, made when first asked for and dropped with `release_reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmalign import randomness
+from mmalign.config import EmaConfig, LoraConfig
+from mmalign.policies.base import View
+
+ADAPTER = "mmalign"
+ATTENTION_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
+
+
+class Views:
+    """Owns the trainable parameters of `network` and switches between views.
+
+    Args:
+        network: the module to train.
+        lora: adapter settings, None for full fine-tuning.
+        train: False for inference: nothing is trainable and `lora` is ignored.
+        stacked: names of adapters already loaded into `network`; they stay active and frozen.
+        make_reference: builds the frozen base again (full fine-tuning only).
+        seed: seeds the adapter's initialisation.
+        untouched: modules that `targets: all` leaves alone.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        lora: LoraConfig | None,
+        train: bool,
+        stacked: Sequence[str],
+        make_reference: Callable[[], nn.Module],
+        seed: int,
+        untouched: Sequence[str] = (),
+    ) -> None:
+        self.network: nn.Module = network
+        self._stacked = list(stacked)
+        self._lora = lora is not None and train
+        self._make_reference = make_reference
+        self._reference: nn.Module | None = None
+        self._ema: Any = None
+        self.current: View = "policy"
+        network.requires_grad_(False)
+        if not train:
+            if self._stacked:
+                self._activate(self._stacked)
+        elif lora is not None:
+            add_lora(network, lora, seed=seed, untouched=untouched)
+            self._activate([*self._stacked, ADAPTER])
+        else:
+            if stacked:
+                raise ValueError(
+                    "model.adapters needs model.lora: full fine-tuning cannot export weights with a frozen adapter on "
+                    "top. Fuse the adapter into the base first (pipeline.fuse_lora) or train a LoRA"
+                )
+            network.float().requires_grad_(True)
+        self._trainable = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+        # eval() for good: no dropout, so that policy and reference differ by their weights alone.
+        network.eval()
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        return self._trainable
+
+    def active(self) -> nn.Module:
+        """The module that computes the current view."""
+        if self.current == "reference" and not self._lora:
+            return self.reference()
+        return self.network
+
+    def reference(self) -> nn.Module:
+        if self._reference is None:
+            self._reference = self._make_reference().requires_grad_(False).eval()
+        return self._reference
+
+    def release_reference(self) -> None:
+        """Free the second copy; it is built again when asked for."""
+        self._reference = None
+
+    def start_ema(self, config: EmaConfig) -> Any:
+        from diffusers.training_utils import EMAModel
+
+        self._ema = EMAModel([p for _, p in self._trainable], decay=config.decay, foreach=True)
+        return self._ema
+
+    @contextmanager
+    def view(self, name: View) -> Iterator[None]:
+        """Compute with the weights of `name` inside the block. The one way to switch weights; always switches back."""
+        if name == self.current:
+            yield
+            return
+        if self.current != "policy":
+            raise ValueError(f"view {name!r} inside view {self.current!r}: leave the outer view first")
+        if name == "reference":
+            switch = self._reference_view()
+        elif name == "ema":
+            switch = self._ema_view()
+        else:
+            raise ValueError(f"view {name!r}: must be policy, reference or ema")
+        with switch:
+            self.current = name
+            try:
+                yield
+            finally:
+                self.current = "policy"
+
+    @contextmanager
+    def _reference_view(self) -> Iterator[None]:
+        if not self._lora:
+            yield
+            return
+        self._activate(self._stacked)
+        try:
+            yield
+        finally:
+            self._activate([*self._stacked, ADAPTER])
+
+    @contextmanager
+    def _ema_view(self) -> Iterator[None]:
+        if self._ema is None:
+            raise ValueError("view 'ema': no moving average is kept; set train.ema.decay")
+        parameters = [p for _, p in self._trainable]
+        self._ema.store(parameters)
+        self._ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self._ema.restore(parameters)
+
+    def _activate(self, names: list[str]) -> None:
+        """Make exactly `names` active. PEFT flips `requires_grad` on the way, also of frozen adapters: set it back."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for module in self.network.modules():
+            if isinstance(module, BaseTunerLayer):
+                if names:
+                    module.set_adapter(names)
+                    module.enable_adapters(True)
+                else:
+                    module.enable_adapters(False)
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(f".{ADAPTER}." in name)
+
+
+def add_lora(network: Any, lora: LoraConfig, *, seed: int, untouched: Sequence[str]) -> None:
+    """Attach the trainable adapter, fp32 whatever the base's dtype (bf16 adapters lose small updates to rounding)."""
+    from peft import LoraConfig as PeftLoraConfig
+
+    if lora.targets == "attention":
+        targets: list[str] = ATTENTION_TARGETS
+    elif lora.targets == "all":
+        targets = all_targets(network, untouched)
+    else:
+        targets = list(lora.targets)
+    config = PeftLoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha or lora.rank, init_lora_weights="gaussian", target_modules=targets
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(randomness.key(seed, "lora", ADAPTER))
+        try:
+            network.add_adapter(config, adapter_name=ADAPTER)
+        except ValueError as error:
+            raise ValueError(f"model.lora.targets = {lora.targets!r} fits no layer of the network: {error}") from error
+    for name, parameter in network.named_parameters():
+        if f".{ADAPTER}." in name:
+            parameter.data = parameter.data.float()
+
+
+def all_targets(network: nn.Module, untouched: Sequence[str]) -> list[str]:
+    """Names of all linear and conv layers of the base, except `untouched`. Layers of stacked adapters are not targets."""
+    names = []
+    for name, module in network.named_modules():
+        name = name.removesuffix(".base_layer")
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and ".lora_" not in name and name not in untouched:
+            names.append(name)
+    return names
+
+
+def lean_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Store matmul and conv weights in the autocast dtype: half the memory, the same numbers.
+
+    Autocast casts exactly these weights before use, so the policy's fp32 masters and this copy compute alike; norms and
+    embeddings, which autocast leaves alone, stay fp32.
+    """
+    if dtype != torch.float32:
+        for module in network.modules():
+            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                module.to(dtype)
+    return network

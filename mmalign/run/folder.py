@@ -1,0 +1,135 @@
+"""The run folder: one run at a time, same config on resume, finished runs say so.
+
+Layout: config.yaml (resolved), metrics.jsonl, checkpoints/step_N/, final/, samples/, grid.png, report.html, report.json,
+summary.json.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmalign.config import Config, ConfigError, LoadedConfig, dump, flatten, to_yaml
+from mmalign.run import atomic
+
+# Keys that do not change the trajectory of the weights and may differ when a run is continued.
+FREE_KEYS = ("evaluate", "checkpoint", "run", "output_dir", "data.num_workers", "data.cache_dir")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What `mmalign.train` returns. `summary` is the content of summary.json."""
+
+    folder: Path
+    summary: dict[str, Any]
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """report.json, empty when the run had no evaluation."""
+        path = self.folder / "report.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+
+class RunFolder:
+    """Opens or creates `config.output_dir` and holds its lock until `close`.
+
+    Args:
+        loaded: the config of this run.
+        is_main: only the main process writes and locks.
+
+    Raises `ConfigError` if the folder belongs to another config, to something else, or to a running process.
+    """
+
+    def __init__(self, loaded: LoadedConfig, *, is_main: bool) -> None:
+        self.config = loaded.config
+        self.path = Path(loaded.config.output_dir).expanduser()
+        self.is_main = is_main
+        self._lock: Any = None
+        found = self.path / "config.yaml"
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"output_dir {str(self.path)!r} is a file; give a folder")
+        used = found.is_file()
+        if not used and self.path.is_dir() and any(p for p in self.path.iterdir() if p.name != ".lock"):
+            raise ConfigError(
+                f"output_dir {str(self.path)!r} is not empty and holds no mmalign run. Give a new folder"
+            )
+        if used and self.config.run.resume == "never":
+            raise ConfigError(
+                f"output_dir {str(self.path)!r} already holds a run and run.resume = 'never'. "
+                f"Give a new folder, or run.resume=auto to continue"
+            )
+        if used:
+            check_same_trajectory(found, self.config)
+        if is_main:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            atomic.remove_temporary(self.path)
+            self.checkpoints.mkdir(exist_ok=True)
+            atomic.remove_temporary(self.checkpoints)
+            atomic.write_text(found, to_yaml(self.config))
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def finished(self) -> RunResult | None:
+        """The result, if this run has already reached `train.steps` (or its stop rule)."""
+        path = self.path / "summary.json"
+        if not path.is_file():
+            return None
+        summary = json.loads(path.read_text())
+        if summary["status"] == "stopped" or (
+            summary["status"] == "finished" and summary["steps"] >= self.config.train.steps
+        ):
+            return RunResult(self.path, summary)
+        return None
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held for the whole run)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.close()
+            raise ConfigError(
+                f"output_dir {str(self.path)!r} is in use by another running process. Wait for it, or give another folder"
+            ) from None
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+
+
+def check_same_trajectory(found: Path, config: Config) -> None:
+    """Raise `ConfigError` with the differences if `found` would not lead to the same weights."""
+    try:
+        old = dict(flatten(dump(Config.model_validate(yaml.safe_load(found.read_text())))))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{found} cannot be read as a run's config: {error}. Give a new output_dir") from None
+    new = dict(flatten(dump(config)))
+    differences = [
+        f"{key}: {old.get(key, 'absent')!r} -> {new.get(key, 'absent')!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not _is_free(key) and not _more_steps(key, old, new, config)
+    ]
+    if differences:
+        raise ConfigError(
+            f"output_dir {str(found.parent)!r} holds a run of another config; it would not continue the same run: "
+            f"{'; '.join(differences)}. Give a new output_dir, or the old values"
+        )
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+
+
+def _more_steps(key: str, old: dict[str, Any], new: dict[str, Any], config: Config) -> bool:
+    return key == "train.steps" and config.train.schedule == "constant" and new[key] >= old[key]

@@ -1,0 +1,109 @@
+"""What a run checks on its first batch, before it spends anyone's GPU hours.
+
+Step-0 golden loss, implicit accuracy ½, a gradient for every trained tensor, and the unit of β as a gradient factor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmalign.types import Batch, Score
+
+# Rounding of one score relative to its size: same kernel and batch shape, or another shape (a cached reference).
+SCORE_ROUNDING = {"fp32": 3e-6, "bf16": 2e-2, "fp16": 3e-3}
+SAME_SHAPE_TOLERANCE = 1e-6
+
+
+class PreflightError(RuntimeError):
+    """A check failed: training would not do what the config says."""
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """Numbers seen on the probe batch. `score_gradient` is mean |∂loss/∂score|: −β/2 for DPO at step 0, so its unit."""
+
+    loss: float
+    golden: float | None
+    tolerance: float
+    implicit_accuracy: float | None
+    score_gradient: float
+    num_tensors: int
+    num_zero_gradients: int
+
+    def lines(self) -> list[str]:
+        golden = f"{self.golden:.6f} ± {self.tolerance:.1e}" if self.golden is not None else "none declared"
+        accuracy = "" if self.implicit_accuracy is None else f", implicit accuracy {self.implicit_accuracy:.2f}"
+        return [
+            f"step-0 loss {self.loss:.6f} (golden {golden}){accuracy}",
+            f"gradient factor mean |∂loss/∂score| = {self.score_gradient:.4g} per unit of score "
+            f"(½ · mean squared error for diffusion)",
+            f"gradients reach {self.num_tensors - self.num_zero_gradients} of {self.num_tensors} trained tensors"
+            + (" (LoRA A factors start at zero gradient because B = 0)" if self.num_zero_gradients else ""),
+        ]
+
+
+def probe(policy: Any, method: Any, batch: Batch, reference_R: Tensor | None, *, dtype: str, cached: bool) -> Preflight:
+    """Score, loss and backward on one batch; gradients are cleared again and no randomness is consumed.
+
+    Raises `PreflightError` naming the check, what was seen and what was expected.
+    """
+    score = policy.score(method.requests(batch))
+    if score.kind not in method.accepts:
+        raise PreflightError(
+            f"this policy gives {score.kind!r} scores, the configured losses are defined for {sorted(method.accepts)}"
+        )
+    value_R = score.value_R.detach().requires_grad_(True)
+    part = method.loss(batch, Score(value_R, score.per_draw_RK, score.kind), reference_R)
+    loss = part.loss_B.mean()
+    (gradient_R,) = torch.autograd.grad(loss, value_R)
+    golden = method.golden_loss
+    tolerance = golden_tolerance(golden, gradient_R, value_R, dtype=dtype, cached=cached)
+    if golden is not None and not abs(float(loss) - golden) <= tolerance:
+        raise PreflightError(
+            f"step-0 loss is {float(loss):.8f}, expected {golden:.8f} ± {tolerance:.1e}: policy and reference differ "
+            f"before training. A stale reference cache, a wrong adapter below model.adapters, or non-deterministic kernels"
+        )
+    accuracy = part.metrics.get("implicit_accuracy") if reference_R is not None else None
+    (score.value_R * gradient_R).sum().backward()
+    names = [name for name, _ in policy.trainable()]
+    gradients = [parameter.grad for _, parameter in policy.trainable()]
+    absent = [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
+    if absent:
+        raise PreflightError(f"no gradient reaches {len(absent)} of {len(names)} trained tensors, e.g. {absent[:3]}")
+    norms = torch.stack([g.float().norm() for g in gradients if g is not None])
+    for _, parameter in policy.trainable():
+        parameter.grad = None
+    if not bool(torch.isfinite(norms).all()):
+        raise PreflightError("the gradient of the first batch is not finite; try model.dtype=bf16 or fp32")
+    num_zero = int((norms == 0).sum())
+    if num_zero == len(norms):
+        raise PreflightError("all gradients of the first batch are exactly zero: nothing would be trained")
+    return Preflight(
+        loss=float(loss),
+        golden=golden,
+        tolerance=tolerance,
+        implicit_accuracy=None if accuracy is None else float(accuracy.mean()),
+        score_gradient=float(gradient_R.abs().mean()) * len(batch),
+        num_tensors=len(names),
+        num_zero_gradients=num_zero,
+    )
+
+
+def golden_tolerance(
+    golden: float | None, gradient_R: Tensor, value_R: Tensor, *, dtype: str, cached: bool
+) -> float:
+    """How far the step-0 loss may be from its golden value.
+
+    Same kernels at the same batch shape: 1e-6 relative. With a cached reference the scores were rounded at another batch
+    shape: first order in the score gradient (∝ β) times the rounding of each score.
+    """
+    if golden is None:
+        return 0.0
+    tolerance = SAME_SHAPE_TOLERANCE * max(abs(golden), 1e-3)
+    if cached:
+        tolerance += float((gradient_R.abs() * value_R.detach().abs()).sum()) * SCORE_ROUNDING[dtype]
+    return tolerance

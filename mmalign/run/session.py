@@ -1,0 +1,446 @@
+"""Everything around the loop: set-up, restore, logging, previews, checkpoints, final evidence.
+
+The loop calls these in order and keeps the steps visible; nothing here computes a loss or calls backward.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from torch import Tensor
+
+from mmalign import randomness, registry
+from mmalign.config import Config, LoadedConfig, dump
+from mmalign.data.batches import Batches
+from mmalign.evaluation.compare import evaluate
+from mmalign.policies.load import load_policy
+from mmalign.reward import load_reward
+from mmalign.run import atomic, checkpoint, optim
+from mmalign.run.checkpoint import LoopState, Trainable
+from mmalign.run.folder import RunFolder, RunResult
+from mmalign.run.preflight import probe
+from mmalign.run.preview import draw_preview
+from mmalign.run.reference import ReferenceCache, cache_fingerprint, score_reference
+from mmalign.run.signals import Interruption
+from mmalign.run.tracking import Bar, Meter, Tracker, check_finite
+
+logger = logging.getLogger("mmalign")
+
+
+class Session:
+    """One run from opening its folder to closing it. Use as a context manager."""
+
+    def __init__(self, loaded: LoadedConfig) -> None:
+        self.config: Config = loaded.config
+        mixed = "fp16" if self.config.model.dtype == "fp16" else "no"  # only for its gradient scaler
+        self.accelerator = Accelerator(mixed_precision=mixed)
+        self.is_main = self.accelerator.is_main_process
+        self.console = Console(stderr=False, quiet=not self.is_main)
+        self.folder = RunFolder(loaded, is_main=self.is_main)
+        self.already_finished = self.folder.finished()
+        self.interruption = Interruption()
+        self.stopped_by_rule = False
+        self.seconds: dict[str, float] = {}
+        self.optimizer: Any = None
+        self.scheduler: Any = None
+        self.ema: Any = None
+        self.tracker: Tracker | None = None
+        self._bar: Bar | None = None
+        self._data_fingerprint = ""
+
+    def __enter__(self) -> Session:
+        quiet_libraries()
+        self.accelerator.wait_for_everyone()
+        if self.already_finished is not None:
+            self._say_finished(self.already_finished)
+        self.interruption.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self.tracker is not None:
+            self.tracker.close()
+        self.interruption.__exit__(kind, error, trace)
+        self.folder.close()
+
+    @property
+    def should_stop(self) -> bool:
+        return bool(self.interruption.requested) or self.stopped_by_rule
+
+    # -- set-up ------------------------------------------------------------------------------------------------------
+
+    def load_policy(self) -> Any:
+        with self.phase("load"):
+            config = self.config
+            policy = load_policy(
+                config.model, data=config.data, device=self.accelerator.device, seed=config.train.seed
+            )
+        trained = sum(parameter.numel() for _, parameter in policy.trainable())
+        total = sum(p.numel() for module in policy.modules().values() for p in module.parameters())
+        self.console.print(
+            f"[bold]{config.model.family}[/] from {config.model.path} on {policy.device}, {config.model.dtype}, "
+            f"attention: {policy.attention}; training {trained:,} of {total:,} parameters "
+            f"({'LoRA' if config.model.lora else 'full'})",
+            highlight=False,
+        )
+        return policy
+
+    def load_method(self) -> Any:
+        method = self.config.method
+        return registry.resolve("method", method.name)(**method.options())
+
+    def load_data(self, policy: Any) -> Batches:
+        """Read and check the rows, encode what is not cached yet."""
+        from mmalign.data.cache import FeatureCache, build_cache, cache_folder
+        from mmalign.data.features import Features
+        from mmalign.data.load import load_rows
+
+        config = self.config
+        with self.phase("data"):
+            bad_rows = self.folder.path / "bad_rows.jsonl" if self.is_main else None
+            row_set = load_rows(config.data, seed=config.train.seed, bad_rows_path=bad_rows)
+        counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in row_set.counts.items() if value)
+        self.console.print(f"data: {config.data.path}: {counts}", highlight=False)
+        self._data_fingerprint = row_set.fingerprint
+        rows = row_set.rows
+        cache = None
+        if config.data.cache:
+            with self.phase("cache"):
+                cache = FeatureCache(cache_folder(config.data))
+                # Each process encodes a slice; together they fill the shared cache.
+                share = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+                report = build_cache(
+                    policy, share, config.data, cache, seed=config.train.seed, progress=self._progress("encode")
+                )
+                self._close_bar()
+                self.accelerator.wait_for_everyone()
+            self.console.print(f"cache: {report}", highlight=False)
+        features = Features(policy, config.data, cache, seed=config.train.seed)
+        return Batches(
+            rows,
+            features,
+            config.data,
+            seed=config.train.seed,
+            batch_size=config.train.batch_size,
+            accumulate=config.train.accumulate,
+            num_draws=config.train.num_draws,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+
+    def cache_reference(self, policy: Any, method: Any, batches: Batches) -> ReferenceCache | None:
+        """Build the table of reference scores if `data.cache_reference` asks for it."""
+        self._reference_fingerprint = policy.reference_fingerprint()
+        draws = self.config.data.cache_reference
+        if not draws or not method.needs_reference:
+            return None
+        config = self.config
+        fingerprint = cache_fingerprint(
+            reference=self._reference_fingerprint,
+            encoders=[policy.encode_key("image"), policy.encode_key("prompt")],
+            data=self._data_fingerprint,
+            seed=config.train.seed,
+            draws=(draws, config.train.num_draws),
+            augmentation=config.data.model_dump(include={"crop", "num_crops", "flip", "size_ids", "prompt_dropout"}),
+            resolution=policy.resolution,
+            dtype=config.model.dtype,
+            requests=method.requests_per_row,
+        )
+        table = ReferenceCache(
+            self.folder.path / "reference.safetensors",
+            fingerprint,
+            num_rows=len(batches.rows),
+            num_visits=draws // config.train.num_draws,
+            requests_per_row=method.requests_per_row,
+        )
+        started = time.monotonic()
+        with self.phase("reference"):
+            built = table.build(
+                policy, method, batches, batch_size=config.train.batch_size, progress=self._progress("reference")
+            )
+            self._close_bar()
+        if built:
+            visits = config.train.steps * batches.rows_per_step
+            self.console.print(
+                f"reference: {built} scores in {time.monotonic() - started:.0f} s; pays off after {built} of the "
+                f"{visits} row visits of this run",
+                highlight=False,
+            )
+        policy.release_reference()
+        return table
+
+    def restore(self, policy: Any) -> LoopState:
+        """Optimizer, schedule and EMA; then the newest complete checkpoint, if there is one."""
+        config = self.config
+        torch.manual_seed(randomness.key(config.train.seed, "process", "", self.accelerator.process_index))
+        parameters = [parameter for _, parameter in policy.trainable()]
+        self.optimizer = self.accelerator.prepare(optim.make_optimizer(config.train, parameters, policy.device))
+        self.scheduler = optim.make_scheduler(config.train, self.optimizer)
+        if config.train.ema is not None:
+            self.ema = policy.start_ema(config.train.ema)
+        state = LoopState(reference=self._reference_fingerprint, data=self._data_fingerprint)
+        newest = checkpoint.latest(self.folder.checkpoints)
+        if newest is not None:
+            self._check_belongs(checkpoint.read_state(newest), newest)
+            state = checkpoint.restore(newest, self._trainable(policy))
+            self.seconds = {**state.seconds, **self.seconds}
+            self.console.print(f"resumed from {newest} (step {state.step} of {config.train.steps})", highlight=False)
+        if self.accelerator.num_processes > 1:
+            policy.denoiser = self.accelerator.prepare(policy.denoiser)
+        if self.is_main:
+            self.tracker = Tracker(
+                self.folder.path, config.run.tracker, dump(config), resumed_at=state.step
+            )
+        return state
+
+    def _check_belongs(self, state: LoopState, newest: Path) -> None:
+        for what, found, expected in (
+            ("base model's weights", state.reference, self._reference_fingerprint),
+            ("training data", state.data, self._data_fingerprint),
+        ):
+            if found != expected:
+                raise checkpoint.CheckpointError(
+                    f"{newest} belongs to other {what} (fingerprint {found}, now {expected}): what the same path holds "
+                    f"has changed. Give a new output_dir, or put the old {what} back"
+                )
+
+    def preflight(
+        self, policy: Any, method: Any, batches: Batches, reference: ReferenceCache | None, state: LoopState
+    ) -> None:
+        """Golden numbers and gradient reach on the first batch of a fresh run."""
+        config = self.config
+        if state.step or not config.run.preflight or not config.train.steps:
+            return
+        with self.phase("preflight"):
+            batch = batches.make(batches.visits(0, 0))
+            reference_R = None
+            if method.needs_reference:
+                reference_R = reference.get(batch) if reference else score_reference(policy, method, batch)
+            found = probe(
+                policy, method, batch, reference_R, dtype=config.model.dtype, cached=reference is not None
+            )
+        for line in found.lines():
+            self.console.print(f"preflight: {line}", highlight=False)
+
+    # -- while training ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def training(self, state: LoopState) -> Iterator[Meter]:
+        self._meter = Meter(state.pending, state.pending_steps)
+        self._bar = Bar(self.console, "train", self.config.train.steps, state.step, enabled=self.is_main)
+        self._steps_here, self._rows_at_start = state.step, state.rows_seen
+        self._train_started = time.monotonic()
+        with self.phase("train"):
+            yield self._meter
+        self._close_bar()
+
+    def after_step(self, policy: Any, state: LoopState, meter: Meter, metrics: Mapping[str, Tensor]) -> None:
+        """Log, preview, checkpoint: whatever this step number calls for."""
+        config = self.config
+        meter.add(metrics)
+        meter.num_steps += 1
+        last = state.step == config.train.steps
+        if state.step % config.run.log_every == 0 or last:
+            self._log(state, meter)
+        assert self._bar is not None
+        self._bar.update(state.step)
+        every = config.evaluate.every
+        if every and state.step % every == 0 and not last and config.evaluate.prompts:
+            self.preview(policy, state)
+        due = config.checkpoint.every and state.step % config.checkpoint.every == 0
+        if due or last or self.should_stop:
+            self.checkpoint(policy, state, meter)
+
+    def _log(self, state: LoopState, meter: Meter) -> None:
+        reduce = (lambda t: self.accelerator.reduce(t, "mean")) if self.accelerator.num_processes > 1 else None
+        means = meter.flush(reduce)
+        check_finite(means, state.step)
+        self._check_stop_rule(state, means)
+        elapsed = time.monotonic() - self._train_started
+        means["learning_rate"] = self.scheduler.get_last_lr()[0]
+        means["pairs_per_second"] = (state.rows_seen - self._rows_at_start) / max(elapsed, 1e-9)
+        if self.tracker is not None:
+            self.tracker.log(state.step, means)
+        shown = [f"{name} {means[name]:.4f}" for name in ("loss", "implicit_accuracy") if name in means]
+        if "chosen_error_delta" in means:
+            shown.append(f"chosen_error_delta {means['chosen_error_delta']:+.1e}")
+        shown.append(f"{means['pairs_per_second']:.1f} pairs/s")
+        assert self._bar is not None
+        self._bar.update(state.step, "  ".join(shown))
+
+    def _check_stop_rule(self, state: LoopState, means: Mapping[str, float]) -> None:
+        rule = self.config.train.stop
+        if rule is None:
+            return
+        if rule.metric not in means:
+            raise ValueError(f"train.stop.metric {rule.metric!r} is not logged. Logged: {', '.join(sorted(means))}")
+        old = state.stop_average
+        value = means[rule.metric]
+        state.stop_average = value if old is None else rule.smoothing * old + (1 - rule.smoothing) * value
+        if state.stop_average > rule.above:
+            self.stopped_by_rule = True
+            self.console.print(
+                f"stop rule: the average of {rule.metric} is {state.stop_average:.4g} > {rule.above} at step {state.step}"
+            )
+
+    def preview(self, policy: Any, state: LoopState) -> None:
+        """A small grid of the first evaluation prompts, on the main process."""
+        if not self.is_main:
+            return
+        with self.phase("preview"):
+            path = self.folder.path / "samples" / f"step_{state.step:06d}.png"
+            draw_preview(policy, self.config.evaluate, self.trained_view, path, f"step {state.step}")
+            assert self.tracker is not None
+            self.tracker.image(state.step, "preview", path)
+
+    def checkpoint(self, policy: Any, state: LoopState, meter: Meter) -> None:
+        state.pending, state.pending_steps = meter.pending(), meter.num_steps
+        check_finite(state.pending, state.step)
+        state.seconds = self.seconds_now()
+        if self.is_main:
+            with self.phase("checkpoint"):
+                checkpoint.save(
+                    self.folder.checkpoints, state, self._trainable(policy), keep=self.config.checkpoint.keep
+                )
+        self.accelerator.wait_for_everyone()
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def finish(self, policy: Any, state: LoopState) -> RunResult:
+        """Export, evaluate, summarise; or say how to go on after an interruption."""
+        self._close_bar()
+        if self.interruption.requested:
+            self.console.print(
+                f"interrupted at step {state.step} of {self.config.train.steps}; a checkpoint is written. "
+                f"Start the same command again to continue"
+            )
+            return self._summarise(state, "interrupted")
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            with self.phase("export"), policy.view(self.trained_view), atomic.atomic_folder(
+                self.folder.path / "final"
+            ) as temporary:
+                policy.export(temporary)
+            self.evaluate(policy, state)
+        self.accelerator.wait_for_everyone()
+        result = self._summarise(state, "stopped" if self.stopped_by_rule else "finished")
+        self._say_finished(result)
+        return result
+
+    def evaluate(self, policy: Any, state: LoopState) -> None:
+        config = self.config.evaluate
+        if config.prompts is None:
+            return
+        trained_on = {reward.name for reward in self.config.rewards}
+        scorers = [
+            (load_reward(reward, policy.device), reward.name in trained_on)
+            for reward in [*config.rewards, *config.held_out]
+        ]
+        with self.phase("evaluate"):
+            evaluate(
+                policy,
+                config,
+                scorers,
+                self.folder.path,
+                before="reference",
+                after=self.trained_view,
+                labels=("base", "tuned"),
+                title=f"{self.config.model.path}: {self.config.method.preset or self.config.method.name}",
+                details={"run": self.folder.path.name, "step": str(state.step), "weights": self.trained_view},
+                progress=lambda phase, done, total: self._progress(phase)(done, total),
+            )
+            self._close_bar()
+
+    @property
+    def trained_view(self) -> Any:
+        return "ema" if self.ema is not None else "policy"
+
+    def _summarise(self, state: LoopState, status: str) -> RunResult:
+        seconds = self.seconds_now()
+        summary: dict[str, Any] = {
+            "status": status,
+            "steps": state.step,
+            "rows_seen": state.rows_seen,
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "pairs_per_second": round(state.rows_seen / seconds["train"], 3) if seconds.get("train") else None,
+            "peak_memory_bytes": peak_memory(self.accelerator.device),
+            "device": str(self.accelerator.device),
+        }
+        if self.is_main:
+            atomic.write_json(self.folder.path / "summary.json", summary)
+        return RunResult(self.folder.path, summary)
+
+    def _say_finished(self, result: RunResult) -> None:
+        folder = result.folder
+        self.console.print(f"[bold]{result.summary['status']}[/] at step {result.summary['steps']}: {folder}")
+        for name in ("grid.png", "report.html", "final"):
+            if (folder / name).exists():
+                self.console.print(f"  {folder / name}", highlight=False, soft_wrap=True)
+        headline = result.report.get("headline")
+        if headline:
+            self.console.print(f"  {headline}", highlight=False, soft_wrap=True)
+
+    # -- small things ------------------------------------------------------------------------------------------------
+
+    def _trainable(self, policy: Any) -> Trainable:
+        return Trainable(policy.trainable(), self.optimizer, self.scheduler, self.ema, self.accelerator.scaler)
+
+    def seconds_now(self) -> dict[str, float]:
+        return dict(self.seconds)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the block's wall time to `summary.seconds[name]`; nested phases are not counted twice."""
+        started = time.monotonic()
+        inner_before = sum(self.seconds.values())
+        try:
+            yield
+        finally:
+            inner = sum(self.seconds.values()) - inner_before
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started - inner
+
+    def _progress(self, title: str) -> Any:
+        def update(done: int, total: int) -> None:
+            if self._bar is None or self._bar.title != title:
+                self._close_bar()
+                self._bar = Bar(self.console, title, total, 0, enabled=self.is_main)
+            self._bar.update(done)
+
+        return update
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on CUDA, the process's peak resident size elsewhere."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def quiet_libraries() -> None:
+    """One progress bar is enough: silence those of the model libraries, keep their errors."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

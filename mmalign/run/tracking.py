@@ -1,0 +1,170 @@
+"""Metrics and progress: metrics.jsonl, a tracker, a progress bar with ETA and throughput.
+
+Values stay on the device until a line is due; then everything since the last line crosses in one transfer.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from mmalign.run.atomic import write_text
+
+logger = logging.getLogger(__name__)
+
+
+class Meter:
+    """Sums of metrics since the last line, kept on the device."""
+
+    def __init__(self, pending: Mapping[str, float], num_steps: int) -> None:
+        self._sums: dict[str, Tensor] = {name: torch.tensor(v, dtype=torch.float64) for name, v in pending.items()}
+        self.num_steps = num_steps
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Add scalars that are already this step's share of a mean."""
+        for name, value in metrics.items():
+            value = value.detach().double()
+            self._sums[name] = self._sums[name].to(value.device) + value if name in self._sums else value
+
+    def pending(self) -> dict[str, float]:
+        """The sums as numbers (one transfer), for a checkpoint or a line."""
+        if not self._sums:
+            return {}
+        values = torch.stack([value.to(next(iter(self._sums.values())).device) for value in self._sums.values()])
+        return dict(zip(self._sums, values.tolist(), strict=True))
+
+    def flush(self, reduce: Any = None) -> dict[str, float]:
+        """Means over the steps since the last flush; `reduce` averages a tensor over processes."""
+        names = list(self._sums)
+        values = torch.stack([self._sums[name].float().to(self._sums[names[0]].device) for name in names])
+        if reduce is not None:
+            values = reduce(values)
+        means = {name: value / self.num_steps for name, value in zip(names, values.tolist(), strict=True)}
+        self._sums, self.num_steps = {}, 0
+        return means
+
+
+def check_finite(means: Mapping[str, float], step: int) -> None:
+    """Raises `FloatingPointError` before a poisoned state can reach a checkpoint."""
+    bad = [f"{name} = {value}" for name, value in means.items() if not math.isfinite(value)]
+    if bad:
+        raise FloatingPointError(
+            f"step {step}: {', '.join(bad)} since the last logged line. The checkpoints written so far are from before. "
+            f"Lower train.learning_rate, set train.max_grad_norm, or use model.dtype=bf16 instead of fp16"
+        )
+
+
+class Tracker:
+    """metrics.jsonl always; TensorBoard, Weights & Biases or trackio beside it."""
+
+    def __init__(self, folder: Path, kind: str, config: dict[str, Any], *, resumed_at: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        self._truncate(resumed_at)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._tracker: Any = None
+        if kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tracker = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at or None)
+        elif kind in ("wandb", "trackio"):
+            module = _import_tracker(kind)
+            self._tracker = module.init(project="mmalign", name=folder.name, config=config)
+        self.kind = kind
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self.kind == "tensorboard":
+            for name, value in values.items():
+                self._tracker.add_scalar(name, value, step)
+        elif self._tracker is not None:
+            self._tracker.log(dict(values), step=step)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        if self.kind == "tensorboard":
+            import numpy as np
+            from PIL import Image
+
+            self._tracker.add_image(name, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+        elif self.kind == "wandb":
+            import wandb
+
+            self._tracker.log({name: wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self.kind == "tensorboard":
+            self._tracker.close()
+        elif self._tracker is not None:
+            self._tracker.finish()
+
+    def _truncate(self, step: int) -> None:
+        """Drop lines after the checkpoint that is resumed: those steps are about to happen again."""
+        if not self.path.is_file():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError):
+                continue  # the half-written last line of a killed process
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
+
+
+def _import_tracker(kind: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(kind)
+    except ImportError as error:
+        raise ValueError(f"run.tracker = {kind!r} needs the package: pip install 'mmalign[tracking]'") from error
+
+
+class Bar:
+    """Progress bar on a terminal, a line every few seconds elsewhere."""
+
+    SECONDS_BETWEEN_LINES = 5.0
+
+    def __init__(self, console: Console, title: str, total: int, done: int, *, enabled: bool = True) -> None:
+        self.console, self.title, self.total, self.done = console, title, total, done
+        self._first, self._started, self._printed = done, time.monotonic(), time.monotonic()
+        self._enabled = enabled
+        self._progress: Progress | None = None
+        if enabled and console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
+            self._progress = Progress(*columns, console=console, transient=False)
+            self._task = self._progress.add_task(title, total=total, completed=done, text="")
+            self._progress.start()
+
+    def update(self, done: int, text: str = "") -> None:
+        self.done = done
+        if self._progress is not None:
+            fields = {"text": text} if text else {}
+            self._progress.update(self._task, completed=done, **fields)
+        elif self._enabled and (time.monotonic() - self._printed > self.SECONDS_BETWEEN_LINES or done == self.total):
+            self._printed = time.monotonic()
+            rate = (done - self._first) / max(self._printed - self._started, 1e-9)
+            left = (self.total - done) / rate if rate > 0 else 0
+            self.console.print(f"{self.title} {done}/{self.total}  {left:.0f} s left  {text}", highlight=False)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()

@@ -1,0 +1,352 @@
+"""`mmalign score`: a reward over a folder of images, a JSONL file or preference pairs; one JSON line per image.
+
+    {"id": …, "path": …, "prompt": …, "score": 0.27, "sub_scores": {…}, "error": null, "reward": "clip", "fingerprint": …}
+
+Preference pairs give two lines per row, with `side` chosen and rejected. An image that cannot be read or scored keeps
+its line, with `score` null and the reason in `error`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from mmalign.conformance import check_reward
+from mmalign.reward import RewardError, Scorer, load_reward
+from mmalign.reward_catalog import list_rewards, new_reward, rewards_table
+from mmalign.types import DataError, ImageRef
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from rich.console import Console
+
+    from mmalign.config import RewardConfig
+
+__all__ = ["Item", "check_reward", "list_rewards", "new_reward", "read_items", "rewards_table", "score_data"]
+
+DEFAULT_BATCH_SIZE = 16
+IMAGE_FIELDS = ("image", "path", "file_name", "image_path", "file")
+PROMPT_FIELDS = ("prompt", "caption", "text")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image to score. `image` is None where the row is bad; `error` then says why."""
+
+    id: str
+    path: str | None
+    prompt: str
+    image: ImageRef | None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    side: str | None = None
+    error: str | None = None
+
+
+@dataclass
+class _Tally:
+    """What the closing line says."""
+
+    scores: list[float] = field(default_factory=list)
+    num_items: int = 0
+    sides: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def add(self, item: Item, score: float) -> None:
+        self.num_items += 1
+        if math.isnan(score):
+            return
+        self.scores.append(score)
+        if item.side is not None:
+            self.sides.setdefault(item.id, {})[item.side] = score
+
+    def line(self, scorer: Scorer) -> str:
+        text = f"{scorer.name}: {len(self.scores)} of {self.num_items} images scored"
+        if self.scores:
+            mean = math.fsum(self.scores) / len(self.scores)
+            text += f", mean {mean:.4g} ({min(self.scores):.4g} … {max(self.scores):.4g})"
+        pairs = [pair for pair in self.sides.values() if len(pair) == 2]
+        if pairs:
+            sign = 1.0 if scorer.higher_is_better else -1.0
+            gaps = [sign * (pair["chosen"] - pair["rejected"]) for pair in pairs]
+            wins = sum(1.0 if gap > 0 else 0.5 if gap == 0 else 0.0 for gap in gaps) / len(gaps)
+            text += f"; chosen beats rejected in {100 * wins:.1f} % of {len(pairs)} pairs (ties count half)"
+        return text
+
+
+def score_data(
+    reward: RewardConfig | Scorer | str,
+    data: str | Path,
+    out: str | Path | None = None,
+    *,
+    device: str = "cpu",
+    format: str = "auto",
+    options: Mapping[str, Any] | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    stream: IO[str] | None = None,
+    console: Console | None = None,
+) -> int:
+    """Score every image of `data` and write one JSON line each. 0: all have a score; 1: some have none.
+
+    Args:
+        reward: name (or `file.py:Name`), name with options, or a loaded scorer.
+        data: folder of images (prompts from `.txt` files beside them, if any), JSONL with `image` and `prompt`, or
+            anything that the data readers take as preference pairs.
+        out: file, written under another name and renamed when complete. None: `stream`.
+        format, options: reader and its options, as in the config's `data` section.
+        limit: score only the first images.
+        batch_size: images decoded and scored at a time. Default: the reward's own, else 16.
+        stream: where lines go without `out`. Default: stdout.
+        console: where the closing line goes. Default: stderr.
+
+    Raises `ValueError` (`RewardError`, `DataError`) when the reward is broken, needs prompts that the data does not
+    have, or the data cannot be read at all.
+    """
+    from rich.console import Console
+
+    from mmalign.data.load import map_threaded
+
+    console = console or Console(stderr=True)
+    scorer = reward if isinstance(reward, Scorer) else load_reward(reward, device)
+    items = read_items(data, format=format, options=options)
+    _require_prompts(scorer, data, format, console)
+    batch_size = batch_size or scorer.batch_size or DEFAULT_BATCH_SIZE
+    tally = _Tally()
+    with _output(out, stream or sys.stdout) as lines:
+        opened = map_threaded(_open, itertools.islice(items, limit), ahead=2 * batch_size)
+        for batch in _batches(opened, batch_size):
+            for item, record, score in _score_batch(scorer, batch):
+                lines.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+                tally.add(item, score)
+            lines.flush()
+        if tally.num_items == 0:
+            raise DataError(f"{data}: no images to score")
+    console.print(tally.line(scorer), markup=False, highlight=False, soft_wrap=True)
+    return 0 if len(tally.scores) == tally.num_items else 1
+
+
+def read_items(data: str | Path, *, format: str = "auto", options: Mapping[str, Any] | None = None) -> Iterator[Item]:
+    """The images of a folder, a JSONL file of images, or both sides of preference pairs."""
+    path = Path(data).expanduser()
+    if format == "auto" and not options:
+        if _is_image_folder(path):
+            return _folder_items(path)
+        table = _image_jsonl(path)
+        if table is not None:
+            return _jsonl_items(table)
+    return _pair_items(str(data), format, dict(options or {}))
+
+
+def _require_prompts(scorer: Scorer, data: str | Path, format: str, console: Console) -> None:
+    """A reward that reads prompts must not score a folder of bare images with empty ones unnoticed."""
+    path = Path(data).expanduser()
+    if not scorer.takes_prompts or scorer.declares_prompt is False or format != "auto" or not _is_image_folder(path):
+        return
+    if any(item.prompt for item in _folder_items(path)):
+        return
+    fix = 'put each prompt into a .txt file beside its image, or give JSONL lines {"image": …, "prompt": …}'
+    if scorer.needs_prompt:
+        raise RewardError(f"reward {scorer.name!r} needs prompts, and {path} holds images only; {fix}", "invalid")
+    console.print(
+        f"{path} holds no prompts: reward {scorer.name!r} gets empty ones. Declare `needs_prompt = False` on it if it "
+        f"ignores them, `needs_prompt = True` to make this an error; or {fix}",
+        style="yellow",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _images_in(folder: Path) -> Iterator[Path]:
+    from mmalign.data.folders import IMAGE_SUFFIXES
+
+    return (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+
+
+def _is_image_folder(path: Path) -> bool:
+    """Holds images and is none of the data formats: no JSONL that lists them, no Parquet, no `w/` and `l/`."""
+    if not path.is_dir() or _image_jsonl(path) is not None:
+        return False
+    if any(True for _ in _images_in(path)):
+        return True
+    from mmalign.data.tables import is_saved_dataset
+
+    pairs = (path / "w").is_dir() and (path / "l").is_dir()
+    tables = any(True for _ in path.glob("*.jsonl")) or any(True for _ in path.rglob("*.parquet"))
+    below = (image for folder in _folders_below(path) for image in _images_in(folder))
+    return not pairs and not tables and not is_saved_dataset(path) and any(True for _ in below)
+
+
+def _folder_items(folder: Path) -> Iterator[Item]:
+    for path in sorted(p for below in [folder, *_folders_below(folder)] for p in _images_in(below)):
+        sidecar = path.with_suffix(".txt")
+        error = None
+        try:
+            prompt = sidecar.read_text(encoding="utf-8-sig").strip() if sidecar.is_file() else ""
+        except UnicodeDecodeError as problem:
+            prompt, error = "", f"{sidecar}: not UTF-8 ({problem.reason} at byte {problem.start})"
+        image = ImageRef(path=path, source=str(path)) if error is None else None
+        yield Item(path.relative_to(folder).as_posix(), str(path), prompt, image, error=error)
+
+
+def _folders_below(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_dir())
+
+
+def _image_jsonl(path: Path) -> Path | None:
+    """The JSONL file (or the only one in a folder) whose first line names an image rather than a pair."""
+    from mmalign.data.fields import BadRow
+    from mmalign.data.jsonl import read_objects
+
+    if path.is_dir():
+        found = sorted(path.glob("*.jsonl"))
+        if len(found) != 1:
+            return None
+        path = found[0]
+    if not path.is_file() or path.suffix.lower() not in (".jsonl", ".ndjson"):
+        return None
+    for _, _, values in read_objects(path):
+        if not isinstance(values, BadRow):
+            return path if "chosen" not in values and any(name in values for name in IMAGE_FIELDS) else None
+    return None
+
+
+def _jsonl_items(file: Path) -> Iterator[Item]:
+    from mmalign.data.fields import BadRow, BadValue, parse_image
+    from mmalign.data.jsonl import JsonlImageRef, read_objects
+
+    for line, offset, values in read_objects(file):
+        source = f"{file}:{line}"
+        if isinstance(values, BadRow):
+            yield Item(source, None, "", None, error=str(values))
+            continue
+        name = next((name for name in IMAGE_FIELDS if name in values), None)
+        prompt_name = next((key for key in PROMPT_FIELDS if key in values), None)
+        prompt = values[prompt_name] if prompt_name is not None else ""
+        row_id = str(values.get("id") if values.get("id") is not None else source)
+        columns = {key: value for key, value in values.items() if key not in (name, prompt_name, "id")}
+        try:
+            if name is None:
+                raise BadValue(f"no image; expected one of the fields {', '.join(IMAGE_FIELDS)}")
+            if prompt is None:
+                prompt = ""
+            if not isinstance(prompt, str):
+                raise BadValue(f"{prompt_name!r} is {prompt!r}; it must be text")
+            found = parse_image(values[name], file.parent)
+        except BadValue as error:
+            yield Item(
+                row_id, None, prompt if isinstance(prompt, str) else "", None, columns, error=f"{source}: {error}"
+            )
+            continue
+        if isinstance(found, Path):
+            yield Item(row_id, str(found), prompt, ImageRef(path=found, source=f"{source} {name}"), columns)
+        else:
+            embedded = JsonlImageRef(path=file, source=f"{source} {name}", offset=offset, column=name)
+            yield Item(row_id, embedded.source, prompt, embedded, columns)
+
+
+def _pair_items(data: str, format: str, options: dict[str, Any]) -> Iterator[Item]:
+    """Both sides of each row that a data reader yields; bad rows keep a line, rows dropped on purpose do not."""
+    from mmalign import registry
+    from mmalign.data.fields import BadRow
+    from mmalign.data.readers import detect_format
+    from mmalign.types import Row
+
+    name = detect_format(data) if format == "auto" else format
+    reader = registry.resolve("reader", name)
+    for row in reader(data, **registry.check_options("reader", name, reader, options)):
+        if isinstance(row, BadRow):
+            yield Item(row.source, None, "", None, error=str(row))
+        elif isinstance(row, Row):
+            yield Item(row.id, _shown(row.chosen), row.prompt, row.chosen, row.columns, row.rejected and "chosen")
+            if row.rejected is not None:
+                yield Item(row.id, _shown(row.rejected), row.prompt, row.rejected, row.columns, "rejected")
+
+
+def _shown(ref: ImageRef) -> str:
+    """The image file; for an image inside a table or a JSONL line the place that error messages name."""
+    return str(ref.path) if type(ref) is ImageRef and ref.path is not None else ref.source
+
+
+def _open(item: Item) -> tuple[Item, Image.Image | None, str | None]:
+    if item.image is None:
+        return item, None, item.error
+    try:
+        return item, item.image.open(), None
+    except DataError as error:
+        return item, None, str(error)
+
+
+def _score_batch(
+    scorer: Scorer, batch: Sequence[tuple[Item, Image.Image | None, str | None]]
+) -> Iterator[tuple[Item, dict[str, Any], float]]:
+    """(item, JSON record, score or NaN) in the order of the batch."""
+    readable = [(item, image) for item, image, _ in batch if image is not None]
+    output = scorer.score(
+        [image for _, image in readable],
+        [item.prompt for item, _ in readable],
+        [item.columns for item, _ in readable],
+        require_valid=False,
+    )
+    assert output.errors is not None
+    position = 0
+    for item, image, error in batch:
+        score, sub_scores = math.nan, {}
+        if image is not None:
+            score, error = float(output.scores[position]), output.errors[position]
+            sub_scores = {key: _json_number(float(values[position])) for key, values in output.sub_scores.items()}
+            position += 1
+        record = {
+            "id": item.id,
+            "path": item.path,
+            **({} if item.side is None else {"side": item.side}),
+            "prompt": item.prompt,
+            "score": _json_number(score),
+            "sub_scores": sub_scores,
+            "error": error,
+            "reward": scorer.name,
+            "fingerprint": scorer.fingerprint,
+        }
+        yield item, record, score
+
+
+def _json_number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while batch := list(itertools.islice(items, size)):
+        yield batch
+
+
+@contextlib.contextmanager
+def _output(out: str | Path | None, stream: IO[str]) -> Iterator[IO[str]]:
+    """`stream`, or a file that appears under its name only when everything was written."""
+    if out is None:
+        yield stream
+        return
+    path = Path(out).expanduser()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise ValueError(f"cannot write {str(path)!r}: {error.strerror}") from error
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            yield file
+        # mkstemp makes private files; a result should be as readable as any other.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,106 @@
+"""The loop over fixed data, visible from the first batch to the last checkpoint.
+
+    fetch -> score (policy, reference) -> loss -> backward -> clip -> step -> ema -> log -> preview -> checkpoint
+
+The method decides what to score and how scores become a loss; the policy knows how to score. Everything else is here.
+Left out on purpose: callbacks, and any branch on a model family or a method's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from mmalign.config import LoadedConfig
+from mmalign.run.checkpoint import LoopState
+from mmalign.run.folder import RunResult
+from mmalign.run.reference import ReferenceCache, score_reference
+from mmalign.run.session import Session
+from mmalign.types import Batch, LossPart, Score
+
+
+def train(loaded: LoadedConfig) -> RunResult:
+    """Train to `train.steps` (or the stop rule, or an interruption), continuing what the run folder holds."""
+    with Session(loaded) as session:
+        if session.already_finished is not None:
+            return session.already_finished
+        config, accelerator = session.config.train, session.accelerator
+        policy, method = session.load_policy(), session.load_method()
+        batches = session.load_data(policy)
+        reference = session.cache_reference(policy, method, batches)
+        state = session.restore(policy)
+        session.preflight(policy, method, batches, reference, state)
+        optimizer, scheduler, ema = session.optimizer, session.scheduler, session.ema
+        parameters = [parameter for _, parameter in policy.trainable()]
+
+        with session.training(state) as meter:
+            stream = batches.iterate(state.step, config.steps)
+            while state.step < config.steps and not session.should_stop:
+                for micro in range(config.accumulate):
+                    batch = next(stream)
+                    last_micro = micro == config.accumulate - 1
+                    for loss, last_part in losses(policy, method, batch, reference, config.score_chunk, meter, config):
+                        with sync_only(last_micro and last_part, accelerator, policy):
+                            accelerator.backward(loss / config.accumulate)
+                norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or float("inf"))
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad(set_to_none=True)
+                if ema is not None:
+                    ema.step(parameters)
+                state.step += 1
+                state.rows_seen += batches.rows_per_step
+                session.after_step(policy, state, meter, {"grad_norm": norm})
+        return session.finish(policy, state)
+
+
+def losses(
+    policy: Any, method: Any, batch: Batch, reference: ReferenceCache | None, chunk: int | None, meter: Any, config: Any
+) -> Iterator[tuple[Tensor, bool]]:
+    """The scalars to back-propagate for one micro-batch, each with whether it is the last.
+
+    Joint: one forward of all requests. Score-then-backward (`train.score_chunk`): score everything without a graph, take
+    ∂loss/∂score, then back-propagate gradient · score chunk by chunk; the same gradients with one chunk's memory.
+    """
+    requests = method.requests(batch)
+    reference_R = reference_scores(policy, method, batch, reference)
+    if chunk is None or chunk >= len(requests):
+        part = method.loss(batch, policy.score(requests), reference_R)
+        record(meter, part, config.accumulate)
+        yield part.loss_B.mean(), True
+        return
+    chunks = [requests[start : start + chunk] for start in range(0, len(requests), chunk)]
+    with torch.no_grad():
+        scores = [policy.score(some) for some in chunks]
+    value_R = torch.cat([score.value_R for score in scores]).requires_grad_(True)
+    score = Score(value_R, torch.cat([s.per_draw_RK for s in scores]), scores[0].kind)
+    part = method.loss(batch, score, reference_R)
+    record(meter, part, config.accumulate)
+    (gradient_R,) = torch.autograd.grad(part.loss_B.mean(), value_R)
+    for index, (some, gradient) in enumerate(zip(chunks, gradient_R.split(chunk), strict=True)):
+        yield (policy.score(some).value_R * gradient).sum(), index == len(chunks) - 1
+
+
+def reference_scores(policy: Any, method: Any, batch: Batch, reference: ReferenceCache | None) -> Tensor | None:
+    """`[R]` from the cache, from a forward under the reference view, or None for reference-free methods."""
+    if not method.needs_reference:
+        return None
+    return reference.get(batch) if reference is not None else score_reference(policy, method, batch)
+
+
+def record(meter: Any, part: LossPart, accumulate: int) -> None:
+    values = {"loss": part.loss_B, **part.metrics}
+    meter.add({name: value.detach().mean() / accumulate for name, value in values.items()})
+
+
+def sync_only(now: bool, accelerator: Accelerator, policy: Any) -> Any:
+    """Gradients cross processes once per optimizer step, with the last backward."""
+    return nullcontext() if now else accelerator.no_sync(policy.denoiser)
+
+
+__all__ = ["LoopState", "train"]
