@@ -6,6 +6,7 @@ Every key is declared here with its unit and source. An unknown key is an error 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -371,7 +372,9 @@ def _construct_float_or_str(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> A
 
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
 _StrictLoader.add_constructor("!scientific", _construct_float_or_str)
-_StrictLoader.add_implicit_resolver("!scientific", __import__("re").compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+_StrictLoader.add_implicit_resolver(
+    "!scientific", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def _read_with_base(path: Path, origin: dict[str, str], seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -385,8 +388,17 @@ def _read_with_base(path: Path, origin: dict[str, str], seen: tuple[Path, ...]) 
         if not base_path.is_file():
             base_path = find_config(str(base))
         merged = _read_with_base(base_path, origin, (*seen, path.resolve()))
+    _drop_replaced_method(merged, tree.get("method"), origin)
     _merge(merged, tree, origin, str(path))
     return merged
+
+
+def _drop_replaced_method(merged: dict[str, Any], method: Any, origin: dict[str, str]) -> None:
+    """Another preset or name starts the method section anew: the base's losses belong to the base's method."""
+    if isinstance(method, Mapping) and ("preset" in method or "name" in method) and "method" in merged:
+        del merged["method"]
+        for key in [key for key in origin if key.startswith("method.")]:
+            del origin[key]
 
 
 def _merge(into: dict[str, Any], tree: Mapping[str, Any], origin: dict[str, str], label: str, prefix: str = "") -> None:
@@ -414,6 +426,8 @@ def _apply_override(tree: dict[str, Any], override: str, origin: dict[str, str])
         value = yaml.load(text, Loader=_StrictLoader) if text else None
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: {text!r} is not valid YAML") from None
+    if key in ("method.preset", "method.name"):
+        _drop_replaced_method(tree, {"preset": value}, origin)
     node = tree
     *parents, last = key.split(".")
     for parent in parents:

@@ -1,7 +1,6 @@
 """`mmalign rewards check SPEC`: does a reward keep the contract? A table of facts, and an exit code.
 
-The reward is loaded as a run would load it and scores renders of the synthetic world (or rows of your own data). Nothing
-here knows a reward by name. Shape legend: N images.
+The reward is loaded as a run would load it and scores renders of the synthetic world, or rows of your own data.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 NUM_IMAGES = 7
 BATCH_SIZES = (1, 2, NUM_IMAGES)
 SIZE_PX = 64
-# Relative to the largest score (at least 1): float noise of another batch shape stays far below, mixing up rows does not.
+# Relative to the largest score (at least 1): float noise of another batch shape stays below, mixed-up rows do not.
 BATCH_TOLERANCE = 1e-4
 REPEAT_TOLERANCE = 1e-6
 UNKNOWN_COLUMN = "mmalign_check_column"

@@ -1,6 +1,7 @@
 """`mmalign score`: a reward over a folder of images, a JSONL file or preference pairs; one JSON line per image.
 
-    {"id": …, "path": …, "prompt": …, "score": 0.27, "sub_scores": {…}, "error": null, "reward": "clip", "fingerprint": …}
+    {"id": …, "path": …, "prompt": …, "score": 0.27, "sub_scores": {…}, "error": null, "reward": "clip",
+     "fingerprint": …}
 
 Preference pairs give two lines per row, with `side` chosen and rejected. An image that cannot be read or scored keeps
 its line, with `score` null and the reason in `error`.
@@ -266,7 +267,8 @@ def _pair_items(data: str, format: str, options: dict[str, Any]) -> Iterator[Ite
         if isinstance(row, BadRow):
             yield Item(row.source, None, "", None, error=str(row))
         elif isinstance(row, Row):
-            yield Item(row.id, _shown(row.chosen), row.prompt, row.chosen, row.columns, row.rejected and "chosen")
+            side = None if row.rejected is None else "chosen"
+            yield Item(row.id, _shown(row.chosen), row.prompt, row.chosen, row.columns, side)
             if row.rejected is not None:
                 yield Item(row.id, _shown(row.rejected), row.prompt, row.rejected, row.columns, "rejected")
 

@@ -164,6 +164,8 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     yield scratch
+    for path in scratch.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files that only their owner can read
     old = WORK_DIR / f"{target.name}.old"
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

@@ -253,14 +253,18 @@ def export(pipe: DiffusionPipeline, family: Family, facts: dict, text: str) -> P
     target = common.ASSETS_DIR / family.name
     with common.replaced_folder(target) as folder:
         pipe.to(dtype=torch.float16).save_pretrained(folder)
+        # transformers computes in the dtype its config names, diffusers in fp32 unless told: without this a plain
+        # from_pretrained(folder) mixes fp16 text encoders with an fp32 UNet and fails.
+        for config in folder.glob("text_encoder*/config.json"):
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
         facts["bytes"] = common.folder_bytes(folder)
         common.write_card(folder, facts, text.format(**facts))
     return target
 
 
 def load_exported(family: Family) -> DiffusionPipeline:
-    """The shipped folder as a user loads it, computing in fp32."""
-    pipe = family.pipeline_class.from_pretrained(common.ASSETS_DIR / family.name, torch_dtype=torch.float32)
+    """The shipped folder as a user loads it; computes in fp32."""
+    pipe = family.pipeline_class.from_pretrained(common.ASSETS_DIR / family.name)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -351,7 +355,7 @@ caption wrong, which is what preference training is there to repair.
 ```python
 from diffusers import {class_name}
 
-pipe = {class_name}.from_pretrained("assets/{family.name}", torch_dtype=torch.float32)
+pipe = {class_name}.from_pretrained("assets/{family.name}")
 pipe("a large red circle on a white background", guidance_scale={GUIDANCE_SCALE:g}, num_inference_steps={INFERENCE_STEPS},
      height={facts['image_size_px']}, width={facts['image_size_px']}).images[0]
 ```

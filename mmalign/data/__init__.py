@@ -2,7 +2,7 @@
 
     config.data ──load.py──▶ RowSet of Row ──cache.py──▶ encoded once, on disk ──features.py──▶ records for a batch
                    │                                                         audit.py: `mmalign data check`
-                   └─ a reader per format: folders.py, jsonl.py, tables.py (Parquet, hub), pickapic.py, synthetic.py
+                   └─ a reader per format: folders.py, jsonl.py, columns.py (Parquet, hub), pickapic.py, synthetic.py
 
 * A **reader** is a function `read_x(path, *, options…)` that yields `Row`, `BadRow` (unusable: an error or, with
   `data.on_bad_row: skip`, counted and listed) and `Dropped` (left out on purpose, e.g. a tie). Its keyword-only

@@ -28,10 +28,11 @@ MAX_PATH_CHARS = 4096
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used. `source` is `file:index`."""
+    """A row that cannot be used. `source` is `file:index`; `row_id` is set when it had been read as a row before."""
 
     source: str
     reason: str
+    row_id: str = ""
 
     def __str__(self) -> str:
         return f"{self.source}: {self.reason}"
@@ -66,7 +67,7 @@ class Columns:
         return [name for name in available if name not in roles]
 
 
-class BadValue(ValueError):
+class BadValueError(ValueError):
     """A value that makes its row bad. Caught by `RowBuilder.build`."""
 
 
@@ -104,14 +105,14 @@ class RowBuilder:
         try:
             prompt = self.prompt(values)
             if rejected is not None and same_image(chosen, rejected):
-                raise BadValue("chosen and rejected are the same image: nothing to prefer; remove the row")
+                raise BadValueError("chosen and rejected are the same image: nothing to prefer; remove the row")
             numbers = {name: number(values, name) for name in NUMBERS}
             if preference is None:
                 preference = 1.0 if numbers["preference"] is None else numbers["preference"]
             if not 0.0 <= preference <= 1.0:
-                raise BadValue(f"preference {preference} must be a probability between 0 and 1")
+                raise BadValueError(f"preference {preference} must be a probability between 0 and 1")
             row_id = self.row_id(values, identity)
-        except BadValue as error:
+        except BadValueError as error:
             return BadRow(source, str(error))
         return Row(
             id=row_id,
@@ -129,19 +130,25 @@ class RowBuilder:
     def prompt(self, values: Mapping[str, Any]) -> str:
         value = required(values, self.columns.prompt)
         if not isinstance(value, str):
-            raise BadValue(f"{self.columns.prompt!r} is {value!r}; it must be text")
+            raise BadValueError(f"{self.columns.prompt!r} is {value!r}; it must be text")
         if not value.strip() and not self.allow_empty_prompt:
-            raise BadValue(
+            raise BadValueError(
                 f"{self.columns.prompt!r} is empty ({value!r}); write a caption, "
                 f"or allow it with data.options.allow_empty_prompt: true"
             )
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise BadValueError(
+                f"{self.columns.prompt!r} holds half of a surrogate pair at {error.start}; repair it"
+            ) from None
         return value
 
     def row_id(self, values: Mapping[str, Any], identity: str) -> str:
         explicit = values.get(self.columns.id)
         if explicit is not None:
             if not isinstance(explicit, (str, int)) or isinstance(explicit, bool) or explicit == "":
-                raise BadValue(f"{self.columns.id!r} is {explicit!r}; an id must be non-empty text or an integer")
+                raise BadValueError(f"{self.columns.id!r} is {explicit!r}; an id must be non-empty text or an integer")
             return str(explicit)
         count = self._derived[identity] = self._derived.get(identity, 0) + 1
         return identity if count == 1 else f"{identity}#{count}"
@@ -154,9 +161,9 @@ def digest_of(*parts: Any) -> str:
 
 
 def required(values: Mapping[str, Any], name: str) -> Any:
-    """`values[name]`, or a `BadValue` naming what is there and the nearest name."""
+    """`values[name]`, or a `BadValueError` naming what is there and the nearest name."""
     if name not in values:
-        raise BadValue(missing(name, values))
+        raise BadValueError(missing(name, values))
     return values[name]
 
 
@@ -174,7 +181,7 @@ def number(values: Mapping[str, Any], name: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise BadValue(f"{name!r} is {value!r}; it must be a finite number or null")
+        raise BadValueError(f"{name!r} is {value!r}; it must be a finite number or null")
     return float(value)
 
 
@@ -195,7 +202,7 @@ def image_bytes(value: Any, *, folder: Path, source: str) -> bytes:
     """
     try:
         found = parse_image(value, folder)
-    except BadValue as error:
+    except BadValueError as error:
         raise DataError(f"{source}: {error}") from None
     if isinstance(found, bytes):
         return found
@@ -203,29 +210,31 @@ def image_bytes(value: Any, *, folder: Path, source: str) -> bytes:
 
 
 def parse_image(value: Any, folder: Path) -> bytes | Path:
-    """Encoded bytes, or the path of an existing file. Relative paths start at `folder`. Raises `BadValue`."""
+    """Encoded bytes, or the path of an existing file. Relative paths start at `folder`. Raises `BadValueError`."""
     if isinstance(value, Mapping):
         content, path = value.get("bytes"), value.get("path")
         if content is None and path is None:
-            raise BadValue(f'an image record needs "bytes" or "path", found {sorted(value)} (both null)')
+            raise BadValueError(f'an image record needs "bytes" or "path", found {sorted(value)} (both null)')
         return parse_image(content if content is not None else path, folder)
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value)
     if isinstance(value, str):
         return _parse_text(value, folder)
-    raise BadValue(f"an image must be a path, base64 text or bytes, found {type(value).__name__} {str(value)[:40]!r}")
+    raise BadValueError(
+        f"an image must be a path, base64 text or bytes, found {type(value).__name__} {str(value)[:40]!r}"
+    )
 
 
 def _parse_text(text: str, folder: Path) -> bytes | Path:
     if text.startswith("data:"):
         header, comma, payload = text.partition(",")
         if not comma or not header.endswith(";base64"):
-            raise BadValue(f"data URI {text[:40]!r}… must be of the form data:image/png;base64,…")
+            raise BadValueError(f"data URI {text[:40]!r}… must be of the form data:image/png;base64,…")
         return _decode_base64(payload)
     if text.startswith(("http://", "https://")):
-        raise BadValue(f"{text!r} is a URL; images are not fetched while training: download them and give paths")
+        raise BadValueError(f"{text!r} is a URL; images are not fetched while training: download them and give paths")
     if not text:
-        raise BadValue("the image path is empty")
+        raise BadValueError("the image path is empty")
     if len(text) <= MAX_PATH_CHARS and "\0" not in text:
         path = folder / text
         try:
@@ -236,11 +245,11 @@ def _parse_text(text: str, folder: Path) -> bytes | Path:
     if len(text) >= MIN_BASE64_CHARS and text.startswith(BASE64_STARTS):
         return _decode_base64(text)
     shown = text if len(text) <= 200 else f"{text[:60]}…"
-    raise BadValue(f"image file {shown!r} does not exist (relative paths start at {folder})")
+    raise BadValueError(f"image file {shown!r} does not exist (relative paths start at {folder})")
 
 
 def _decode_base64(text: str) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise BadValue(f"base64 image {text[:24]!r}… cannot be decoded: {error}") from None
+        raise BadValueError(f"base64 image {text[:24]!r}… cannot be decoded: {error}") from None

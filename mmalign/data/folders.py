@@ -1,7 +1,7 @@
 """Two folders of images with equal file names: the winner in one, the loser in the other.
 
-    pairs/w/fox.png   pairs/l/fox.png   pairs/w/fox.txt        (the prompt beside the winner), or
-    pairs/prompts.jsonl with {"name": "fox", "prompt": "a red fox"}; CSV and TSV with the same columns work too.
+pairs/w/fox.png   pairs/l/fox.png   pairs/w/fox.txt        (the prompt beside the winner), or
+pairs/prompts.jsonl with {"name": "fox", "prompt": "a red fox"}; CSV and TSV with the same columns work too.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _images_by_name(folder: Path, bad: list[BadRow]) -> dict[str, Path]:
     return found
 
 
-def _sidecar(root: Path, name: str, chosen: Path, rejected: Path) -> str | None | BadRow:
+def _sidecar(root: Path, name: str, chosen: Path, rejected: Path) -> str | BadRow | None:
     texts: dict[str, str] = {}
     for path in dict.fromkeys((chosen.with_suffix(".txt"), rejected.with_suffix(".txt"), root / f"{name}.txt")):
         if path.is_file():

@@ -49,7 +49,7 @@ def decode_image(content: bytes, *, source: str) -> Image.Image:
     if not content:
         raise DataError(f"{source}: the image file is empty (0 bytes); replace it or remove the row")
     try:
-        image = Image.open(io.BytesIO(content))
+        image: Image.Image = Image.open(io.BytesIO(content))
         _check_size(image, source)
         image.load()
         image = ImageOps.exif_transpose(image)

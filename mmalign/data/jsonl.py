@@ -16,7 +16,7 @@ from typing import Any
 
 from mmalign.data.fields import (
     BadRow,
-    BadValue,
+    BadValueError,
     Columns,
     RowBuilder,
     digest_of,
@@ -62,7 +62,8 @@ def read_jsonl(
     `preference`, `margin`, `score_chosen` and `score_rejected` are read where present.
 
     Args:
-        prompt_column, chosen_column, rejected_column, id_column: field names. `rejected_column: null` for unpaired rows.
+        prompt_column, chosen_column, rejected_column, id_column: field names. `rejected_column: null`:
+            unpaired rows.
         media: folder that relative image paths start at. Default: the folder of the file.
         columns: further fields to keep for rewards. Default: all.
         allow_empty_prompt: accept empty captions.
@@ -71,7 +72,9 @@ def read_jsonl(
     folder = file.parent if media is None else file.parent / Path(media).expanduser()
     if not folder.is_dir():
         raise DataError(f"{file}: media folder {str(folder)!r} does not exist; set data.options.media")
-    names = Columns(prompt_column, chosen_column, rejected_column, id_column, None if columns is None else tuple(columns))
+    names = Columns(
+        prompt_column, chosen_column, rejected_column, id_column, None if columns is None else tuple(columns)
+    )
     builder = RowBuilder(names, allow_empty_prompt)
     for line, offset, values in read_objects(file):
         source = f"{file}:{line}"
@@ -82,10 +85,10 @@ def read_jsonl(
             raw = {name: required(values, name) for name in names.images()}
             images = {name: _image(raw[name], file, offset, name, folder, source) for name in raw}
             if rejected_column is not None and raw[chosen_column] == raw[rejected_column]:
-                raise BadValue(
+                raise BadValueError(
                     f"{chosen_column!r} and {rejected_column!r} are the same image: nothing to prefer; remove the row"
                 )
-        except BadValue as error:
+        except BadValueError as error:
             yield BadRow(source, str(error))
             continue
         yield builder.build(
@@ -102,8 +105,8 @@ def _image(value: Any, file: Path, offset: int, name: str, folder: Path, source:
     where = f"{source} {name}"
     try:
         found = parse_image(value, folder)
-    except BadValue as error:
-        raise BadValue(f"{name!r}: {error}") from None
+    except BadValueError as error:
+        raise BadValueError(f"{name!r}: {error}") from None
     if isinstance(found, Path):
         return ImageRef(path=found, source=where)
     return JsonlImageRef(path=file, source=where, offset=offset, column=name)

@@ -8,15 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from mmalign import registry
+from mmalign.data.digests import replace_file
 from mmalign.data.fields import BadRow, Dropped
 from mmalign.data.readers import detect_format
 from mmalign.randomness import uniform
@@ -152,28 +152,23 @@ def write_bad_rows(path: Path | None, bad: Sequence[BadRow]) -> None:
     if not bad:
         path.unlink(missing_ok=True)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps({"source": b.source, "reason": b.reason}, ensure_ascii=False) + "\n" for b in bad)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    lines = (json.dumps({"source": row.source, "reason": row.reason}, ensure_ascii=False) for row in bad)
+    replace_file(path, "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
 
 
-def drop_bad(row_set: RowSet, bad: Sequence[BadRow], bad_ids: Iterable[str], bad_rows_path: Path | None) -> RowSet:
-    """`row_set` without the rows in `bad_ids`, which were found when their images were read; `bad` joins the list."""
-    gone = set(bad_ids)
+def drop_bad(row_set: RowSet, bad: Sequence[BadRow], *, bad_rows_path: Path | None = None) -> RowSet:
+    """`row_set` without rows whose images proved unusable (`CacheReport.bad`); they join the list of bad rows.
+
+    Raises `DataError` when no row is left.
+    """
+    gone = {row.row_id for row in bad}
     if not gone:
         return row_set
     rows = [row for row in row_set.rows if row.id not in gone]
     all_bad = [*row_set.bad, *bad]
     write_bad_rows(bad_rows_path, all_bad)
     if not rows:
-        raise DataError(f"no usable row is left: {len(all_bad)} bad. The first of the last ones: {bad[0]}")
+        raise DataError(f"no usable row is left: {len(all_bad)} bad. One of them: {bad[0]}")
     ties_soft = sum(row.rejected is not None and row.preference == 0.5 for row in rows)
     counts = {**row_set.counts, "rows": len(rows), "bad": len(all_bad), "ties_soft": ties_soft}
     return replace(row_set, rows=rows, counts=counts, fingerprint=fingerprint(rows), bad=all_bad)
@@ -182,19 +177,20 @@ def drop_bad(row_set: RowSet, bad: Sequence[BadRow], bad_ids: Iterable[str], bad
 def verify_images(row_set: RowSet, config: DataConfig, *, bad_rows_path: Path | None = None) -> RowSet:
     """Decode every image once: what `data.cache: true` checks on the way, for runs without a cache.
 
+    Without a cache and with `on_bad_row: skip`, call this after `load_rows`; otherwise the first broken image stops
+    the run at the step that needs it.
+
     Raises `DataError` on the first row with an undecodable image or two identical ones (`on_bad_row: error`), else
     leaves these rows out.
     """
     bad: list[BadRow] = []
-    bad_ids: list[str] = []
-    for row, problem in zip(row_set.rows, map_threaded(image_problem, row_set.rows), strict=True):
+    for problem in map_threaded(image_problem, row_set.rows):
         if problem is None:
             continue
         if config.on_bad_row == "error":
             raise DataError(f"{problem}. (data.on_bad_row: skip leaves bad rows out and lists them)")
         bad.append(problem)
-        bad_ids.append(row.id)
-    return drop_bad(row_set, bad, bad_ids, bad_rows_path)
+    return drop_bad(row_set, bad, bad_rows_path=bad_rows_path)
 
 
 def image_problem(row: Row) -> BadRow | None:
@@ -206,20 +202,19 @@ def image_problem(row: Row) -> BadRow | None:
             if row.chosen.digest() == row.rejected.digest():
                 return identical(row)
     except DataError as error:
-        return BadRow(row.source, str(error))
+        return BadRow(row.source, str(error), row.id)
     return None
 
 
 def identical(row: Row) -> BadRow:
-    return BadRow(row.source, "chosen and rejected are the same image, byte for byte: nothing to prefer; remove the row")
+    reason = "chosen and rejected are the same image, byte for byte: nothing to prefer; remove the row"
+    return BadRow(row.source, reason, row.id)
 
 
-def map_threaded(function, items: Iterable[T], *, ahead: int = 4 * NUM_THREADS) -> Iterator:  # type: ignore[no-untyped-def]
+def map_threaded(function: Callable[[T], R], items: Iterable[T], *, ahead: int = 4 * NUM_THREADS) -> Iterator[R]:
     """`map` on a thread pool that works at most `ahead` items ahead, so that memory stays bounded. Keeps the order."""
-    from collections import deque
-
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        pending: deque = deque()
+        pending: deque[Future[R]] = deque()
         try:
             for item in items:
                 pending.append(pool.submit(function, item))

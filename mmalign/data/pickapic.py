@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from mmalign.data.fields import BadRow, BadValue, Columns, Dropped, RowBuilder, digest_of
+from mmalign.data.fields import BadRow, BadValueError, Columns, Dropped, RowBuilder, digest_of
 from mmalign.data.tables import ParquetTable, Table, check_columns, is_saved_dataset, open_dataset, parquet_files
 from mmalign.types import ImageRef, Row
 
@@ -68,7 +68,7 @@ def _read(
         try:
             label = _label(values)
             pair = [_image(table, position, side, source, values, images) for side in (0, 1)]
-        except BadValue as error:
+        except BadValueError as error:
             yield BadRow(source, str(error))
             continue
         if label == 0.5 and ties == "drop":
@@ -90,13 +90,13 @@ def _label(values: Mapping[str, Any]) -> float:
     """Preference for image 0: 1, 0 or 0.5."""
     first, second = values["label_0"], values["label_1"]
     if (first, second) not in ((1, 0), (0, 1), (0.5, 0.5)):
-        raise BadValue(f"labels {first!r}/{second!r} must be 1/0, 0/1 or 0.5/0.5")
+        raise BadValueError(f"labels {first!r}/{second!r} must be 1/0, 0/1 or 0.5/0.5")
     uids = (values.get("image_0_uid"), values.get("image_1_uid"))
     if None not in uids and uids[0] == uids[1]:
-        raise BadValue(f"both images have the uid {uids[0]!r}: nothing to prefer; remove the row")
+        raise BadValueError(f"both images have the uid {uids[0]!r}: nothing to prefer; remove the row")
     best = values.get("best_image_uid")
     if best is not None and best in uids and first != 0.5 and uids.index(best) != (0 if first == 1 else 1):
-        raise BadValue(f"labels {first}/{second} contradict best_image_uid {best!r}")
+        raise BadValueError(f"labels {first}/{second} contradict best_image_uid {best!r}")
     return float(first)
 
 
@@ -110,7 +110,7 @@ def _image(
         path = images / f"{uid}{suffix}"
         if path.is_file():
             return ImageRef(path=path, source=f"{source} {path}")
-    raise BadValue(f"no image file {uid}{{{','.join(SUFFIXES)}}} in {images}")
+    raise BadValueError(f"no image file {uid}{{{','.join(SUFFIXES)}}} in {images}")
 
 
 def _identity(values: Mapping[str, Any], source: str) -> str:

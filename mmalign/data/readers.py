@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from mmalign.data.columns import read_hub, read_parquet
 from mmalign.data.fields import BadRow, Dropped
 from mmalign.data.folders import read_folders
 from mmalign.data.jsonl import read_jsonl
 from mmalign.data.pickapic import read_pickapic
-from mmalign.data.tables import is_saved_dataset, read_hub, read_parquet
+from mmalign.data.tables import is_saved_dataset
 from mmalign.types import DataError
 
 __all__ = [

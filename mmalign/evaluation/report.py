@@ -31,7 +31,7 @@ from mmalign.evaluation.statistics import Comparison, paired_comparison
 # Images of this size or less are embedded as they are: lossless, and smaller than any JPEG of useful quality.
 EMBED_AS_IS_PX = 128
 EMBED_SIDES_PX = (1024, 768, 512, 384, 256)
-EMBED_BUDGET_BYTES = 96 * 2**20
+EMBED_BUDGET_BYTES = 64 * 2**20
 JPEG_BYTES_PER_PIXEL = 0.25
 
 

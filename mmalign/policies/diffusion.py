@@ -118,14 +118,14 @@ class DiffusionPolicy:
         if self.config.vae is not None:
             vae_path = resolve_path(self.config.vae)
             options["vae"] = load_or_explain(
-                self.config.vae, lambda: diffusers.AutoencoderKL.from_pretrained(vae_path, torch_dtype=torch.float32)
+                self.config.vae, lambda: diffusers.AutoencoderKL.from_pretrained(vae_path, dtype=torch.float32)
             )
         # The denoiser is stored in the compute dtype under LoRA; full fine-tuning keeps fp32 masters (see Views).
         dtype = self.dtype if self.config.lora is not None or not self.train else torch.float32
         loader = getattr(diffusers, self.pipeline_class)
         options |= self.load_options(found)
         return load_or_explain(
-            self.config.path, lambda: loader.from_pretrained(path, torch_dtype=dtype, low_cpu_mem_usage=True, **options)
+            self.config.path, lambda: loader.from_pretrained(path, dtype=dtype, low_cpu_mem_usage=True, **options)
         )
 
     def load_options(self, pipeline_config: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class DiffusionPolicy:
             subfolder="unet",
             revision=self.config.revision,
             variant=self.config.variant,
-            torch_dtype=torch.float32,
+            dtype=torch.float32,
         )
         attention.apply(network, self.attention)
         return lean_copy(network, self.dtype).to(self.device)

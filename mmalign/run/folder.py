@@ -55,7 +55,8 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"output_dir {str(self.path)!r} is a file; give a folder")
         used = found.is_file()
-        if not used and self.path.is_dir() and any(p for p in self.path.iterdir() if p.name != ".lock"):
+        leftovers = (".lock", "bad_rows.jsonl")  # of a run that stopped before its first step
+        if not used and self.path.is_dir() and any(p.name not in leftovers for p in self.path.iterdir()):
             raise ConfigError(
                 f"output_dir {str(self.path)!r} is not empty and holds no mmalign run. Give a new folder"
             )
@@ -66,13 +67,21 @@ class RunFolder:
             )
         if used:
             check_same_trajectory(found, self.config)
+        self._made = not self.path.is_dir()
+        self._begun = used
         if is_main:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             atomic.remove_temporary(self.path)
+            if self.checkpoints.is_dir():
+                atomic.remove_temporary(self.checkpoints)
+
+    def begin(self) -> None:
+        """Training is about to start: from here on the folder belongs to this config."""
+        self._begun = True
+        if self.is_main:
             self.checkpoints.mkdir(exist_ok=True)
-            atomic.remove_temporary(self.checkpoints)
-            atomic.write_text(found, to_yaml(self.config))
+            atomic.write_text(self.path / "config.yaml", to_yaml(self.config))
 
     @property
     def checkpoints(self) -> Path:
@@ -91,16 +100,22 @@ class RunFolder:
         return None
 
     def close(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        """Release the lock; a folder made for a run that never began goes away again."""
+        if self._lock is None:
+            return
+        (self.path / ".lock").unlink(missing_ok=True)
+        self._lock.close()
+        self._lock = None
+        if self._made and not self._begun and not any(self.path.iterdir()):
+            self.path.rmdir()
 
     def _take_lock(self) -> None:
         self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held for the whole run)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self.close()
+            self._lock.close()
+            self._lock = None
             raise ConfigError(
                 f"output_dir {str(self.path)!r} is in use by another running process. Wait for it, or give another folder"
             ) from None

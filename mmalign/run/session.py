@@ -15,12 +15,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from rich.console import Console
 from torch import Tensor
 
 from mmalign import randomness, registry
 from mmalign.config import Config, LoadedConfig, dump
 from mmalign.data.batches import Batches
+from mmalign.data.cache import FeatureCache, build_cache, cache_folder
+from mmalign.data.features import Features
+from mmalign.data.load import drop_bad, load_rows, verify_images
 from mmalign.evaluation.compare import evaluate
 from mmalign.policies.load import load_policy
 from mmalign.reward import load_reward
@@ -92,6 +96,7 @@ class Session:
             f"attention: {policy.attention}; training {trained:,} of {total:,} parameters "
             f"({'LoRA' if config.model.lora else 'full'})",
             highlight=False,
+            soft_wrap=True,
         )
         return policy
 
@@ -101,36 +106,32 @@ class Session:
 
     def load_data(self, policy: Any) -> Batches:
         """Read and check the rows, encode what is not cached yet."""
-        from mmalign.data.cache import FeatureCache, build_cache, cache_folder
-        from mmalign.data.features import Features
-        from mmalign.data.load import load_rows
-
-        config = self.config
+        config, seed = self.config, self.config.train.seed
+        bad_rows = self.folder.path / "bad_rows.jsonl" if self.is_main else None
+        cache = FeatureCache(cache_folder(config.data)) if config.data.cache else None
         with self.phase("data"):
-            bad_rows = self.folder.path / "bad_rows.jsonl" if self.is_main else None
-            row_set = load_rows(config.data, seed=config.train.seed, bad_rows_path=bad_rows)
+            row_set = load_rows(config.data, seed=seed, bad_rows_path=bad_rows)
+            if cache is None and config.data.on_bad_row == "skip":
+                row_set = verify_images(row_set, config.data, bad_rows_path=bad_rows)
+        if cache is not None:
+            with self.phase("cache"):
+                # Each process encodes a slice; together they fill the shared cache.
+                share = row_set.rows[self.accelerator.process_index :: self.accelerator.num_processes]
+                report = build_cache(policy, share, config.data, cache, seed=seed, progress=self._progress("encode"))
+                self._close_bar()
+                bad = gather_object(report.bad) if self.accelerator.num_processes > 1 else report.bad
+                row_set = drop_bad(row_set, bad, bad_rows_path=bad_rows)
+            self.console.print(f"cache: {report}", highlight=False)
+        rows = row_set.rows
+        self._data_fingerprint = row_set.fingerprint
         counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in row_set.counts.items() if value)
         self.console.print(f"data: {config.data.path}: {counts}", highlight=False)
-        self._data_fingerprint = row_set.fingerprint
-        rows = row_set.rows
-        cache = None
-        if config.data.cache:
-            with self.phase("cache"):
-                cache = FeatureCache(cache_folder(config.data))
-                # Each process encodes a slice; together they fill the shared cache.
-                share = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-                report = build_cache(
-                    policy, share, config.data, cache, seed=config.train.seed, progress=self._progress("encode")
-                )
-                self._close_bar()
-                self.accelerator.wait_for_everyone()
-            self.console.print(f"cache: {report}", highlight=False)
-        features = Features(policy, config.data, cache, seed=config.train.seed)
+        features = Features(policy, config.data, cache, seed=seed)
         return Batches(
             rows,
             features,
             config.data,
-            seed=config.train.seed,
+            seed=seed,
             batch_size=config.train.batch_size,
             accumulate=config.train.accumulate,
             num_draws=config.train.num_draws,
@@ -197,6 +198,7 @@ class Session:
             self.console.print(f"resumed from {newest} (step {state.step} of {config.train.steps})", highlight=False)
         if self.accelerator.num_processes > 1:
             policy.denoiser = self.accelerator.prepare(policy.denoiser)
+        self.folder.begin()
         if self.is_main:
             self.tracker = Tracker(
                 self.folder.path, config.run.tracker, dump(config), resumed_at=state.step

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel
 
 from mmalign import config as schema
+from mmalign.builtin import builtin_path
 from mmalign.config import Config, ConfigError, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +44,14 @@ def test_recipe_parses(path: str):
     loaded = load_config(ROOT / path)
     assert loaded.config.output_dir
     assert load_config(path.removeprefix("configs/")).config == loaded.config
+
+
+@pytest.mark.parametrize("path", RECIPES)
+def test_bundled_files_of_a_recipe_exist(path: str):
+    config = load_config(ROOT / path).config
+    for spec in (config.model.path, config.model.vae, config.evaluate.prompts):
+        if spec is not None and spec.startswith("builtin:"):
+            assert builtin_path(spec).exists()
 
 
 @pytest.mark.parametrize("path", RECIPES)
@@ -149,7 +158,7 @@ class Reads(ast.NodeVisitor):
     """Which (section class, field) pairs a file reads as `holder.field`.
 
     A holder is an expression that ends in the section's key (`config.train`, `self.config.data`), a name annotated with
-    the section's class, a name assigned from a holder, or a loop variable over one.
+    the section's class, a name or attribute assigned from a holder, or a loop variable over one.
     """
 
     def __init__(self) -> None:
@@ -172,12 +181,15 @@ class Reads(ast.NodeVisitor):
             return self.classes_of(node.value)
         if isinstance(node, ast.Call) and node.args:  # enumerate(config.rewards), list(…)
             return self.classes_of(node.args[0])
+        if isinstance(node, ast.Attribute) and f".{node.attr}" in self.names:
+            return self.names[f".{node.attr}"]
         word = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
         return {name for name, keys in HOLDERS.items() if word in keys or word.lstrip("_") in keys}
 
     def bind(self, target: ast.expr, classes: set[str]) -> None:
-        if isinstance(target, ast.Name) and classes:
-            self.names[target.id] = self.names.get(target.id, set()) | classes
+        if isinstance(target, (ast.Name, ast.Attribute)) and classes:
+            name = target.id if isinstance(target, ast.Name) else f".{target.attr}"
+            self.names[name] = self.names.get(name, set()) | classes
         elif isinstance(target, ast.Tuple):
             for part in target.elts:
                 self.bind(part, classes)
@@ -241,8 +253,18 @@ def test_key_scan_tells_read_from_unread():
 def build(settings: TrainConfig, other):
     lora = other.model.lora
     print(settings.steps, lora.rank, [scorer.weight for scorer in other.config.rewards], self.alpha)
+class Policy:
+    def __init__(self, config: ModelConfig):
+        self.config = config
+    def load(self):
+        return self.config.revision
 """
     found = reads(source)
-    assert {("TrainConfig", "steps"), ("LoraConfig", "rank"), ("RewardConfig", "weight")} <= found
+    assert {
+        ("TrainConfig", "steps"),
+        ("LoraConfig", "rank"),
+        ("RewardConfig", "weight"),
+        ("ModelConfig", "revision"),
+    } <= found
     assert ("LoraConfig", "alpha") not in found
     assert ("TrainConfig", "rank") not in found

@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
-from mmalign.config import load_config
+from mmalign.builtin import builtin_path
+from mmalign.config import DataConfig, load_config
+from mmalign.data.load import load_rows
 from mmalign.registry import TABLES
+from mmalign.synthetic.pairs import PAIR_KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -68,12 +72,31 @@ def test_commands_and_configs_exist(page: str):
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_bundled_models_and_prompts_exist(page: str):
+    """Every `builtin:name` that a page shows is a bundled file or a kind of synthetic pairs."""
+    kinds = set(PAIR_KINDS)
+    for name in set(re.findall(r"\bbuiltin:([a-z][\w-]*)", TEXT[page])) - kinds:
+        assert builtin_path(f"builtin:{name}").exists()
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_make_targets_exist(page: str):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     used = set(re.findall(r"(?:^|`)make ([a-z][a-z-]*)", TEXT[page], re.M))
     assert used - targets == set()
 
 
+@pytest.fixture
+def files_of_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with the files that a page shows: python blocks that open with `# NAME.py`."""
+    for block in fences(TEXT[page], "python"):
+        if match := re.match(r"# (\w+\.py)\n", block):
+            (tmp_path / match[1]).write_text(block, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("files_of_page")
 @pytest.mark.parametrize("page", PAGES)
 def test_yaml_blocks_are_valid_configs(page: str):
     """A block with top-level sections is laid over a minimal config and must pass the strict schema."""
@@ -106,6 +129,29 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(result.get(key), dict) and key != "method"
         result[key] = merged(result[key], value) if both else value
     return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["docs/your_own_reward.md"])
+def test_reward_of_the_guide_passes_its_own_check(page: str, files_of_page: Path, mmalign_cli: Any):
+    assert "mmalign rewards check ./brightness.py:brightness" in TEXT[page]
+    done = mmalign_cli("rewards", "check", "./brightness.py:brightness", cwd=files_of_page)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("page", ["docs/your_own_pairs.md"])
+def test_reader_and_folders_of_the_guide_work(page: str, files_of_page: Path):
+    for side in ("w", "l", "a", "b"):
+        (files_of_page / "pairs" / side).mkdir(parents=True)
+        Image.new("RGB", (16, 16), "red" if side in "wa" else "blue").save(files_of_page / "pairs" / side / "fox.png")
+    for prompt in ("pairs/fox.txt", "pairs/w/fox.txt"):
+        (files_of_page / prompt).write_text("a red fox")
+    for form in ("folders", "auto", "./my_reader.py:read_ratings"):
+        (row,) = load_rows(DataConfig(path="pairs", format=form), seed=0).rows
+        assert row.prompt == "a red fox"
+        assert row.rejected is not None
+        assert row.chosen.open().getpixel((0, 0)) == (255, 0, 0)
+        assert row.rejected.open().getpixel((0, 0)) == (0, 0, 255)
 
 
 def test_every_loss_and_preset_has_a_row_in_methods():

@@ -105,8 +105,16 @@ def test_help_answers_at_once():
 def test_python_m_mmalign_is_the_same_command(args: list[str]):
     console = Path(sys.executable).parent / "mmalign"
     outputs = [
-        subprocess.run([*command, *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        subprocess.run([*command, *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
         for command in ([str(console)], [sys.executable, "-m", "mmalign"])
     ]
     assert "train" in outputs[0]
-    assert outputs[0].replace("python -m mmalign", "mmalign") == outputs[1].replace("python -m mmalign", "mmalign")
+    assert outputs[0] == " ".join(outputs[1]).replace("python -m mmalign", "mmalign").split()
+
+
+def test_every_public_name_resolves():
+    import mmalign
+
+    assert {name for name in mmalign.__all__ if not callable(getattr(mmalign, name))} == set()
+    with pytest.raises(AttributeError, match="no_such_name"):
+        mmalign.no_such_name  # noqa: B018

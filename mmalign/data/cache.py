@@ -1,0 +1,317 @@
+"""Encode once: frozen image and text features on disk, addressed by content.
+
+A key names everything the features depend on (image digest or prompt text, encoder and its settings, resolution, crop,
+flip), so nothing ever has to be invalidated: another encoder simply has other keys. One small safetensors file per
+entry, `<folder>/ab/ab12….safetensors`; several processes and runs may share a folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmalign.data.digests import DigestIndex, replace_file
+from mmalign.data.fields import BadRow
+from mmalign.types import DataError, Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmalign.config import DataConfig
+    from mmalign.data.features import Features
+    from mmalign.data.images import PreparedImage
+    from mmalign.policies.base import Policy
+
+LAYOUT = "mmalign-features-1"
+MEMORY_BYTES = 512 * 2**20
+
+Record = dict[str, "Tensor"]
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """`data.cache_dir`, else $MMALIGN_CACHE, else ~/.cache/mmalign; features lie in a folder of their own below."""
+    base = config.cache_dir or os.environ.get("MMALIGN_CACHE") or "~/.cache/mmalign"
+    return Path(base).expanduser() / "features"
+
+
+def feature_key(kind: str, encoder_key: str, *parts: Any) -> str:
+    """32 hex digits that depend on all arguments; parts must be JSON values."""
+    text = json.dumps([LAYOUT, kind, encoder_key, *parts])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class FeatureCache:
+    """Records of CPU tensors by key, on disk and, most recently used first, in memory.
+
+    Records are shared between callers: never modify their tensors in place.
+
+    Args:
+        folder: created when the first entry is written.
+        memory_bytes: budget of the part in memory.
+    """
+
+    def __init__(self, folder: Path, *, memory_bytes: int = MEMORY_BYTES) -> None:
+        self.folder = folder
+        self.digests = DigestIndex(folder / "digests")
+        self.memory_bytes = memory_bytes
+        self._memory: OrderedDict[str, tuple[Record, int]] = OrderedDict()
+        self._used = 0
+        self._lock = threading.Lock()
+
+    def path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def get(self, key: str) -> Record | None:
+        """The record, or None when it is absent or its file is damaged (with a warning; the caller encodes again)."""
+        with self._lock:
+            if key in self._memory:
+                self._memory.move_to_end(key)
+                return self._memory[key][0]
+        path = self.path(key)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        record = _parse(content, key)
+        if record is None:
+            warnings.warn(f"cache entry {path} is damaged; it is encoded again", RuntimeWarning, stacklevel=2)
+            return None
+        self._remember(key, record)
+        return record
+
+    def put(self, key: str, record: Record) -> int:
+        """Store a record; returns the size of its file in bytes. Raises `DataError` when the disk does not take it."""
+        from safetensors.torch import save
+
+        body = save(record)
+        checksum = _checksum(body[8 + int.from_bytes(body[:8], "little") :])
+        content = save(record, metadata={"key": key, "checksum": checksum})
+        try:
+            replace_file(self.path(key), content)
+        except OSError as error:
+            raise DataError(
+                f"cannot write the cache below {self.folder}: {error}; free space there, "
+                f"or set data.cache_dir, or data.cache: false"
+            ) from error
+        self._remember(key, record)
+        return len(content)
+
+    def size(self, key: str) -> int | None:
+        """Bytes of a complete entry on disk, None if there is none. Reads the header only: finds truncated files, not
+        flipped bits (those are found by `get`)."""
+        try:
+            with self.path(key).open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                start = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(start)) if start < size else {}
+            end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return None
+        return size if size == 8 + start + end else None
+
+    def _remember(self, key: str, record: Record) -> None:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in record.values())
+        with self._lock:
+            if key in self._memory:
+                self._used -= self._memory.pop(key)[1]
+            self._memory[key] = (record, size)
+            self._used += size
+            while self._used > self.memory_bytes:
+                _, (_, freed) = self._memory.popitem(last=False)
+                self._used -= freed
+
+
+def _checksum(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _parse(content: bytes, key: str) -> Record | None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        start = 8 + int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8:start])["__metadata__"]
+        if metadata["key"] != key or metadata["checksum"] != _checksum(content[start:]):
+            return None
+        return load(content)
+    except (ValueError, LookupError, TypeError, RecursionError, SafetensorError):
+        return None
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What `build_cache` did.
+
+    Args:
+        num_images: different images (by content).
+        num_prompts: different prompts, the empty one included.
+        encoded, reused: entries made now and found in the cache; an image has one entry per crop and flip.
+        bytes: of these entries on disk.
+        seconds: wall time.
+        bad: rows that cannot be used (`on_bad_row: skip`): drop them with `load.drop_bad`.
+    """
+
+    num_images: int
+    num_prompts: int
+    encoded: int
+    reused: int
+    bytes: int
+    seconds: float
+    bad: list[BadRow] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        bad = f", {len(self.bad)} bad rows" if self.bad else ""
+        return (
+            f"{self.num_images} images and {self.num_prompts} prompts: {self.encoded} encoded, {self.reused} reused, "
+            f"{self.bytes / 2**20:.1f} MiB, {self.seconds:.1f} s{bad}"
+        )
+
+
+def build_cache(
+    policy: Policy,
+    rows: Sequence[Row],
+    config: DataConfig,
+    cache: FeatureCache,
+    *,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+    batch_size: int = 8,
+) -> CacheReport:
+    """Encode what `rows` need and the cache lacks: each different prompt and "", each different image once per crop
+    and flip. Also the place where undecodable images and identical pairs come to light.
+
+    Args:
+        seed: of the run; random crops depend on it.
+        progress: called with (items done, items in all).
+        batch_size: images or prompts per encoder call.
+
+    Raises `DataError` on the first bad row (`on_bad_row: error`); with `skip` bad rows are in the report.
+    """
+    from mmalign.data.features import Features
+
+    started = time.monotonic()
+    build = _Build(Features(policy, config, cache, seed=seed), cache, config, batch_size)
+    prompts = sorted({"", *(row.prompt for row in rows)})
+    total = len(prompts) + len(rows)
+    try:
+        for done in build.prompts(prompts):
+            if progress is not None:
+                progress(done, total)
+        for done in build.images(rows):
+            if progress is not None:
+                progress(len(prompts) + done, total)
+    finally:
+        cache.digests.flush()
+    return CacheReport(
+        num_images=len(build.digests),
+        num_prompts=len(prompts),
+        encoded=build.encoded,
+        reused=build.reused,
+        bytes=build.bytes,
+        seconds=time.monotonic() - started,
+        bad=build.bad,
+    )
+
+
+@dataclass
+class _Missing:
+    """A row's images that the cache lacks, decoded and ready to encode; or why the row is bad."""
+
+    digests: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    prepared: dict[str, tuple[PreparedImage, str]] = field(default_factory=dict)
+    problem: BadRow | None = None
+
+
+class _Build:
+    def __init__(self, features: Features, cache: FeatureCache, config: DataConfig, batch_size: int) -> None:
+        self.features, self.cache, self.config, self.batch_size = features, cache, config, batch_size
+        self.encoded = self.reused = self.bytes = 0
+        self.bad: list[BadRow] = []
+        self.digests: set[str] = set()
+        self._done: set[str] = set()
+        self._pending: dict[str, tuple[PreparedImage, str]] = {}
+
+    def prompts(self, prompts: Sequence[str]) -> Iterator[int]:
+        missing = []
+        for prompt in prompts:
+            size = self.cache.size(self.features.prompt_key(prompt))
+            if size is None:
+                missing.append(prompt)
+            else:
+                self.reused += 1
+                self.bytes += size
+        for start in range(0, len(missing), self.batch_size):
+            chunk = missing[start : start + self.batch_size]
+            for prompt, record in zip(chunk, self.features.encode_prompts(chunk), strict=True):
+                self._put(self.features.prompt_key(prompt), record)
+            yield len(prompts) - len(missing) + start + len(chunk)
+
+    def images(self, rows: Sequence[Row]) -> Iterator[int]:
+        from mmalign.data.load import map_threaded
+
+        for done, (row, found) in enumerate(zip(rows, map_threaded(self._missing, rows), strict=True), start=1):
+            if found.problem is not None:
+                if self.config.on_bad_row == "error":
+                    raise DataError(f"{found.problem}. (data.on_bad_row: skip leaves bad rows out and lists them)")
+                self.bad.append(found.problem)
+            else:
+                self._take(row, found)
+            yield done
+        while self._pending:
+            self._encode()
+
+    def _missing(self, row: Row) -> _Missing:
+        """Runs in threads: hash, look up, decode."""
+        from mmalign.data.load import identical
+
+        found = _Missing()
+        refs = [row.chosen] if row.rejected is None else [row.chosen, row.rejected]
+        try:
+            found.digests = [self.cache.digests.digest(ref) for ref in refs]
+            if len(refs) == 2 and found.digests[0] == found.digests[1]:
+                return _Missing(problem=identical(row))
+            for ref in refs:
+                for crop_id, flip in self.features.variants():
+                    key = self.features.image_key(ref, row.id, crop_id, flip)
+                    found.keys.append(key)
+                    if key not in self._done and self.cache.size(key) is None:
+                        prepared = self.features.prepare(ref, row.id, crop_id, flip)
+                        found.prepared[key] = (prepared, ref.source)
+        except DataError as error:
+            return _Missing(problem=BadRow(row.source, str(error), row.id))
+        return found
+
+    def _take(self, row: Row, found: _Missing) -> None:
+        self.digests.update(found.digests)
+        for key in found.keys:
+            if key in self._done:
+                continue
+            self._done.add(key)
+            if key in found.prepared:
+                self._pending[key] = found.prepared[key]
+            else:
+                self.reused += 1
+                self.bytes += self.cache.size(key) or 0
+        while len(self._pending) >= self.batch_size:
+            self._encode()
+
+    def _encode(self) -> None:
+        chunk = [(key, self._pending.pop(key)) for key in list(self._pending)[: self.batch_size]]
+        records = self.features.encode_images([image for _, (image, _) in chunk], [s for _, (_, s) in chunk])
+        for (key, _), record in zip(chunk, records, strict=True):
+            self._put(key, record)
+
+    def _put(self, key: str, record: Record) -> None:
+        self.bytes += self.cache.put(key, record)
+        self.encoded += 1
