@@ -28,6 +28,7 @@ ConfigArgument = Annotated[str, typer.Argument(help="YAML file or the name of a 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides such as train.steps=100.", metavar="[KEY=VALUE]...")
 ]
+OptionPairs = Annotated[list[str] | None, typer.Option(help="Option of the reward as key=value; repeatable.")]
 
 
 def train(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunResult:
@@ -66,8 +67,12 @@ def train_command(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 @app.command()
 def grid(
-    run: Annotated[str, typer.Argument(help="Run folder, or a config whose base model to show.", metavar="RUN_OR_CONFIG")],
-    vs: Annotated[list[str] | None, typer.Option(help="Another run, pipeline folder, hub id or LoRA; repeatable.")] = None,
+    run: Annotated[
+        str, typer.Argument(help="Run folder, or a config whose base model to show.", metavar="RUN_OR_CONFIG")
+    ],
+    vs: Annotated[
+        list[str] | None, typer.Option(help="Another run, pipeline folder, hub id or LoRA; repeatable.")
+    ] = None,
     prompts: Annotated[str | None, typer.Option(help="Prompt file or builtin:heldout. Default: the run's own.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 4,
     rewards: Annotated[str | None, typer.Option(help="Comma-separated rewards. Default: the run's own.")] = None,
@@ -97,11 +102,16 @@ def score(
     data: Annotated[str, typer.Argument(help="Image, image folder, JSONL or dataset.", metavar="DATA")],
     reward: Annotated[str, typer.Option(help="Reward: name, package.module:Name or file.py:Name.")],
     out: Annotated[str | None, typer.Option(help="JSONL file. Default: standard output.")] = None,
+    option: OptionPairs = None,
+    format: Annotated[str, typer.Option(help="Reader of a data set.")] = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first N.")] = None,
 ) -> None:
     """Score images, or both sides of pairs, with a reward."""
+    from mmalign.policies.load import default_device
     from mmalign.scoring import score_data
 
-    raise typer.Exit(score_data(reward, data, out))
+    spec = _reward_config(reward, option)
+    raise typer.Exit(score_data(spec, data, out, device=default_device(), format=format, limit=limit))
 
 
 @app.command()
@@ -161,11 +171,15 @@ def rewards_list() -> None:
 
 
 @rewards_app.command("check")
-def rewards_check(spec: Annotated[str, typer.Argument(help="Name, package.module:Name or file.py:Name.")]) -> None:
+def rewards_check(
+    spec: Annotated[str, typer.Argument(help="Name, package.module:Name or file.py:Name.")],
+    option: OptionPairs = None,
+    data: Annotated[str | None, typer.Option(help="Images or data set whose columns the reward needs.")] = None,
+) -> None:
     """Conformance of a reward: shape, dtype, NaN, batching, order, determinism, range."""
     from mmalign.scoring import check_reward
 
-    raise typer.Exit(check_reward(spec))
+    raise typer.Exit(check_reward(_reward_config(spec, option), data=data))
 
 
 @rewards_app.command("new")
@@ -174,6 +188,14 @@ def rewards_new(name: Annotated[str, typer.Argument(help="Name of the reward; wr
     from mmalign.scoring import new_reward
 
     new_reward(name)
+
+
+def _reward_config(spec: str, options: list[str] | None) -> Any:
+    """The reward as a config section, its options parsed as YAML like any override."""
+    from mmalign.config import RewardConfig, parse_value
+
+    pairs = dict(parse_value(pair) for pair in options or [])
+    return RewardConfig(name=spec, **pairs)
 
 
 def _split(text: str | None) -> list[str]:

@@ -165,13 +165,11 @@ class TrainConfig(Section):
 
 
 class RewardConfig(BaseModel):
-    """`name` plus `weight`; every other key is an option of the reward."""
+    """`name`; every other key is an option of the reward. A bare string is a name without options."""
 
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True, frozen=True)
     name: str
     """A registered reward, package.module:Name or path/to/file.py:Name."""
-    weight: float = 1.0
-    """Weight in the sum (online methods)."""
 
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
@@ -372,9 +370,7 @@ def _construct_float_or_str(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> A
 
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
 _StrictLoader.add_constructor("!scientific", _construct_float_or_str)
-_StrictLoader.add_implicit_resolver(
-    "!scientific", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+_StrictLoader.add_implicit_resolver("!scientific", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def _read_with_base(path: Path, origin: dict[str, str], seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -418,14 +414,19 @@ def _set_origin(origin: dict[str, str], name: str, value: Any, label: str) -> No
         origin[key] = label
 
 
-def _apply_override(tree: dict[str, Any], override: str, origin: dict[str, str]) -> None:
-    key, separator, text = override.partition("=")
+def parse_value(pair: str) -> tuple[str, Any]:
+    """`key=value` with the value read as YAML. Raises `ConfigError`."""
+    key, separator, text = pair.partition("=")
     if not separator or not key:
-        raise ConfigError(f"override {override!r} is not of the form key=value, e.g. train.steps=100")
+        raise ConfigError(f"override {pair!r} is not of the form key=value, e.g. train.steps=100")
     try:
-        value = yaml.load(text, Loader=_StrictLoader) if text else None
+        return key, yaml.load(text, Loader=_StrictLoader) if text else None
     except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: {text!r} is not valid YAML") from None
+        raise ConfigError(f"override {pair!r}: {text!r} is not valid YAML") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str, origin: dict[str, str]) -> None:
+    key, value = parse_value(override)
     if key in ("method.preset", "method.name"):
         _drop_replaced_method(tree, {"preset": value}, origin)
     node = tree
@@ -464,9 +465,7 @@ def _check_plugins(config: Config) -> None:
     from mmalign import registry
 
     if not config.method.name:
-        raise ConfigError(
-            f"method: give a `preset` or a `name`. Methods: {', '.join(registry.names('method'))}"
-        )
+        raise ConfigError(f"method: give a `preset` or a `name`. Methods: {', '.join(registry.names('method'))}")
     checks = [("method", config.method.name, config.method.options())]
     sections = [config.rewards, config.evaluate.rewards, config.evaluate.held_out]
     checks += [("reward", reward.name, reward.options()) for section in sections for reward in section]

@@ -104,8 +104,11 @@ def _load_file(kind: str, path: Path) -> Any:
     sys.modules[name] = module
     try:
         module_spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[name]
+        if isinstance(error, Exception):
+            line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+            raise ValueError(f"{kind} file {str(path)!r}{line} cannot be loaded: {type(error).__name__}: {error}") from error
         raise
     return module
 

@@ -14,6 +14,7 @@ from mmalign import registry
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from rich.console import Console
     from rich.table import Table
 
 
@@ -28,7 +29,14 @@ class RewardCard:
     target: str
 
 
-def list_rewards() -> list[RewardCard]:
+def list_rewards(console: Console | None = None) -> None:
+    """Print the registered rewards with what they need and their options."""
+    from rich.console import Console
+
+    (console or Console()).print(rewards_table(reward_cards()))
+
+
+def reward_cards() -> list[RewardCard]:
     """The registered rewards by name."""
     cards = []
     for name in registry.names("reward"):
@@ -56,7 +64,9 @@ def rewards_table(cards: Sequence[RewardCard]) -> Table:
 
 
 def new_reward(name: str, folder: str | Path = ".") -> Path:
-    """Write `NAME.py` with a working reward class and return its path; the class is `NAME` in CamelCase.
+    """Write `NAME.py` with a working reward class, say what to do next, and return the path.
+
+    The class is called `NAME` in CamelCase.
 
     Raises `ValueError` for a name that is no Python module name, or a file that exists.
     """
@@ -66,14 +76,15 @@ def new_reward(name: str, folder: str | Path = ".") -> Path:
         )
     path = Path(folder).expanduser() / f"{name}.py"
     text = TEMPLATE.replace("CLASS", class_name(name)).replace("FILE", path.name)
+    if path.exists():
+        raise ValueError(f"{str(path)!r} exists already; choose another name or remove it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
-    except FileExistsError:
-        raise ValueError(f"{str(path)!r} exists already; choose another name or remove it") from None
     except OSError as error:
         raise ValueError(f"cannot write {str(path)!r}: {error.strerror}") from None
+    print(f"wrote {path}; next: mmalign rewards check {path}:{class_name(name)}")
     return path
 
 

@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from mmalign.conformance import check_reward
 from mmalign.reward import RewardError, Scorer, load_reward
-from mmalign.reward_catalog import list_rewards, new_reward, rewards_table
+from mmalign.reward_catalog import list_rewards, new_reward
 from mmalign.types import DataError, ImageRef
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from mmalign.config import RewardConfig
 
-__all__ = ["Item", "check_reward", "list_rewards", "new_reward", "read_items", "rewards_table", "score_data"]
+__all__ = ["Item", "check_reward", "list_rewards", "new_reward", "read_items", "score_data"]
 
 DEFAULT_BATCH_SIZE = 16
 IMAGE_FIELDS = ("image", "path", "file_name", "image_path", "file")
@@ -99,8 +99,8 @@ def score_data(
 
     Args:
         reward: name (or `file.py:Name`), name with options, or a loaded scorer.
-        data: folder of images (prompts from `.txt` files beside them, if any), JSONL with `image` and `prompt`, or
-            anything that the data readers take as preference pairs.
+        data: an image or a folder of images (prompts from `.txt` files beside them, if any), JSONL with `image` and
+            `prompt`, or anything that the data readers take as preference pairs.
         out: file, written under another name and renamed when complete. None: `stream`.
         format, options: reader and its options, as in the config's `data` section.
         limit: score only the first images.
@@ -135,9 +135,11 @@ def score_data(
 
 
 def read_items(data: str | Path, *, format: str = "auto", options: Mapping[str, Any] | None = None) -> Iterator[Item]:
-    """The images of a folder, a JSONL file of images, or both sides of preference pairs."""
+    """One image, the images of a folder, a JSONL file of images, or both sides of preference pairs."""
     path = Path(data).expanduser()
     if format == "auto" and not options:
+        if _is_image(path):
+            return iter([_file_item(path, path.parent)])
         if _is_image_folder(path):
             return _folder_items(path)
         table = _image_jsonl(path)
@@ -149,15 +151,15 @@ def read_items(data: str | Path, *, format: str = "auto", options: Mapping[str, 
 def _require_prompts(scorer: Scorer, data: str | Path, format: str, console: Console) -> None:
     """A reward that reads prompts must not score a folder of bare images with empty ones unnoticed."""
     path = Path(data).expanduser()
-    if not scorer.takes_prompts or scorer.declares_prompt is False or format != "auto" or not _is_image_folder(path):
+    if not scorer.takes_prompts or scorer.declares_prompt is False or format != "auto":
         return
-    if any(item.prompt for item in _folder_items(path)):
+    if not (_is_image(path) or _is_image_folder(path)) or any(item.prompt for item in read_items(path)):
         return
     fix = 'put each prompt into a .txt file beside its image, or give JSONL lines {"image": …, "prompt": …}'
     if scorer.needs_prompt:
-        raise RewardError(f"reward {scorer.name!r} needs prompts, and {path} holds images only; {fix}", "invalid")
+        raise RewardError(f"reward {scorer.name!r} needs prompts, and {path} has none; {fix}", "invalid")
     console.print(
-        f"{path} holds no prompts: reward {scorer.name!r} gets empty ones. Declare `needs_prompt = False` on it if it "
+        f"{path} has no prompts: reward {scorer.name!r} gets empty ones. Declare `needs_prompt = False` on it if it "
         f"ignores them, `needs_prompt = True` to make this an error; or {fix}",
         style="yellow",
         markup=False,
@@ -166,10 +168,14 @@ def _require_prompts(scorer: Scorer, data: str | Path, format: str, console: Con
     )
 
 
-def _images_in(folder: Path) -> Iterator[Path]:
+def _is_image(path: Path) -> bool:
     from mmalign.data.folders import IMAGE_SUFFIXES
 
-    return (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def _images_in(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.iterdir() if _is_image(path))
 
 
 def _is_image_folder(path: Path) -> bool:
@@ -188,14 +194,19 @@ def _is_image_folder(path: Path) -> bool:
 
 def _folder_items(folder: Path) -> Iterator[Item]:
     for path in sorted(p for below in [folder, *_folders_below(folder)] for p in _images_in(below)):
-        sidecar = path.with_suffix(".txt")
-        error = None
-        try:
-            prompt = sidecar.read_text(encoding="utf-8-sig").strip() if sidecar.is_file() else ""
-        except UnicodeDecodeError as problem:
-            prompt, error = "", f"{sidecar}: not UTF-8 ({problem.reason} at byte {problem.start})"
-        image = ImageRef(path=path, source=str(path)) if error is None else None
-        yield Item(path.relative_to(folder).as_posix(), str(path), prompt, image, error=error)
+        yield _file_item(path, folder)
+
+
+def _file_item(path: Path, folder: Path) -> Item:
+    """An image file with the prompt from the `.txt` file beside it, empty where there is none."""
+    sidecar = path.with_suffix(".txt")
+    row_id, where = path.relative_to(folder).as_posix(), str(path.absolute())
+    try:
+        prompt = sidecar.read_text(encoding="utf-8-sig").strip() if sidecar.is_file() else ""
+    except UnicodeDecodeError as problem:
+        reason = f"{sidecar}: not UTF-8 ({problem.reason} at byte {problem.start})"
+        return Item(row_id, where, "", None, error=reason)
+    return Item(row_id, where, prompt, ImageRef(path=path, source=str(path)))
 
 
 def _folders_below(folder: Path) -> Iterator[Path]:
@@ -221,7 +232,7 @@ def _image_jsonl(path: Path) -> Path | None:
 
 
 def _jsonl_items(file: Path) -> Iterator[Item]:
-    from mmalign.data.fields import BadRow, BadValue, parse_image
+    from mmalign.data.fields import BadRow, parse_image
     from mmalign.data.jsonl import JsonlImageRef, read_objects
 
     for line, offset, values in read_objects(file):
@@ -236,19 +247,19 @@ def _jsonl_items(file: Path) -> Iterator[Item]:
         columns = {key: value for key, value in values.items() if key not in (name, prompt_name, "id")}
         try:
             if name is None:
-                raise BadValue(f"no image; expected one of the fields {', '.join(IMAGE_FIELDS)}")
+                raise ValueError(f"no image; expected one of the fields {', '.join(IMAGE_FIELDS)}")
             if prompt is None:
                 prompt = ""
             if not isinstance(prompt, str):
-                raise BadValue(f"{prompt_name!r} is {prompt!r}; it must be text")
+                raise ValueError(f"{prompt_name!r} is {prompt!r}; it must be text")
             found = parse_image(values[name], file.parent)
-        except BadValue as error:
+        except ValueError as error:
             yield Item(
                 row_id, None, prompt if isinstance(prompt, str) else "", None, columns, error=f"{source}: {error}"
             )
             continue
         if isinstance(found, Path):
-            yield Item(row_id, str(found), prompt, ImageRef(path=found, source=f"{source} {name}"), columns)
+            yield Item(row_id, str(found.absolute()), prompt, ImageRef(path=found, source=f"{source} {name}"), columns)
         else:
             embedded = JsonlImageRef(path=file, source=f"{source} {name}", offset=offset, column=name)
             yield Item(row_id, embedded.source, prompt, embedded, columns)
@@ -274,8 +285,8 @@ def _pair_items(data: str, format: str, options: dict[str, Any]) -> Iterator[Ite
 
 
 def _shown(ref: ImageRef) -> str:
-    """The image file; for an image inside a table or a JSONL line the place that error messages name."""
-    return str(ref.path) if type(ref) is ImageRef and ref.path is not None else ref.source
+    """The image file, absolute; for an image inside a table or a JSONL line the place that error messages name."""
+    return str(ref.path.absolute()) if type(ref) is ImageRef and ref.path is not None else ref.source
 
 
 def _open(item: Item) -> tuple[Item, Image.Image | None, str | None]:

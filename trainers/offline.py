@@ -16,8 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from mmalign.config import LoadedConfig
-from mmalign.run.checkpoint import LoopState
+from mmalign.config import ConfigError, LoadedConfig
 from mmalign.run.folder import RunResult
 from mmalign.run.reference import ReferenceCache, score_reference
 from mmalign.run.session import Session
@@ -26,6 +25,10 @@ from mmalign.types import Batch, LossPart, Score
 
 def train(loaded: LoadedConfig) -> RunResult:
     """Train to `train.steps` (or the stop rule, or an interruption), continuing what the run folder holds."""
+    if loaded.config.rewards:
+        raise ConfigError(
+            "rewards: this method learns from fixed data and would ignore them; report them under evaluate.rewards"
+        )
     with Session(loaded) as session:
         if session.already_finished is not None:
             return session.already_finished
@@ -101,6 +104,3 @@ def record(meter: Any, part: LossPart, accumulate: int) -> None:
 def sync_only(now: bool, accelerator: Accelerator, policy: Any) -> Any:
     """Gradients cross processes once per optimizer step, with the last backward."""
     return nullcontext() if now else accelerator.no_sync(policy.denoiser)
-
-
-__all__ = ["LoopState", "train"]

@@ -106,7 +106,9 @@ class Preference:
         for term in self.terms:
             term_B = term.function(**{name: values[name] for name in term.inputs})
             if term_B.shape != loss_B.shape:
-                raise ValueError(f"loss {term.name!r} returned shape {tuple(term_B.shape)}, expected ({size},) unreduced")
+                raise ValueError(
+                    f"loss {term.name!r} returned shape {tuple(term_B.shape)}, expected ({size},) unreduced"
+                )
             metrics[f"loss_{term.name}"] = term_B
             loss_B = loss_B + term.weight * term_B
         return LossPart(loss_B, {name: value.detach() for name, value in metrics.items()})
@@ -132,4 +134,3 @@ def make_term(spec: dict[str, Any]) -> Term:
     term = Term(name, weight, bound, tuple(inputs), getattr(function, "golden", None), accepts)
     bound(**dict.fromkeys(inputs, torch.full((1,), -0.1)))  # settings out of range fail now, not after loading
     return term
-

@@ -10,6 +10,7 @@ on, or watched as a reward held out of training, without touching caption truth.
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import common
 import numpy as np
@@ -32,7 +33,7 @@ class AestheticHead(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        linear = [torch.nn.Linear(a, b) for a, b in zip(WIDTHS[:-1], WIDTHS[1:], strict=True)]
+        linear = [torch.nn.Linear(a, b) for a, b in pairwise(WIDTHS)]
         self.layers = torch.nn.Sequential(
             linear[0],
             torch.nn.Dropout(0.2),

@@ -21,8 +21,18 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from mmalign.synthetic.render import render
-from mmalign.synthetic.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, captions, parse, sample_scenes
-from mmalign.synthetic.scenes import ObjectSpec, SceneSpec, caption
+from mmalign.synthetic.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    SIZES,
+    ObjectSpec,
+    SceneSpec,
+    caption,
+    captions,
+    parse,
+    sample_scenes,
+)
 
 SEED = 21
 STEPS = 1500
@@ -52,9 +62,9 @@ def model_config(tokenizer) -> dict:
     }
 
 
-def build_model(tokenizer) -> open_clip.CustomTextCLIP | open_clip.CLIP:
+def build_model(tokenizer) -> open_clip.CLIP:
     torch.manual_seed(SEED)
-    return open_clip.CLIP(**{k: v for k, v in model_config(tokenizer).items()})
+    return open_clip.CLIP(**model_config(tokenizer))
 
 
 def token_ids(tokenizer, texts: list[str]) -> torch.Tensor:
@@ -132,12 +142,12 @@ model.eval()  # open_clip hands it over in train mode
 
 | | |
 |---|---|
-| data | renders of the 96 train captions (attributes) and of train captions (relations), drawn fresh each step, mild blur and noise |
+| data | fresh renders of the train captions of both tiers, mild blur and noise |
 | steps, seed | {steps}, {seed} |
 | size | {bytes:,} bytes |
 | recall@1, held-out captions, 8 one-word distractors | {recall_at_1_heldout:.3f} (chance 0.111; {num_images} images) |
 | recall@1, dev captions | {recall_at_1_dev:.3f} |
-| height of the object read linearly from the normalised image embedding, R2 on held-out captions | {height_r2_heldout:.3f} |
+| R2 of the object's height, linear in the normalised image embedding, held-out | {height_r2_heldout:.3f} |
 | command | `{command}` |
 
 During training a linear head also regressed the object's centre from the image embedding (weight {centre_weight});
@@ -148,6 +158,7 @@ it is not shipped. Texts longer than {context_length} tokens are cut; words outs
 @torch.no_grad()
 def height_r2(model) -> float:
     """R2 on held-out captions of a least-squares fit (on train captions) of the centre's height."""
+
     def embed(split: str, per_caption: int, seed: int):
         rng = np.random.default_rng([seed])
         texts = [t for t in captions("attributes", split) for _ in range(per_caption)]
@@ -172,6 +183,10 @@ def main() -> None:
     parameters = [*model.parameters(), *centre_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
     seen = {"contrastive": 0.0, "centre": 0.0}
+
+    def describe() -> str:
+        return f"contrastive {seen['contrastive']:.3f} centre {seen['centre']:.3f}"
+
     model.train()
     for step in common.training_steps(
         "clip-train",
@@ -179,7 +194,7 @@ def main() -> None:
         {"model": model, "centre": centre_head},
         optimizer,
         LEARNING_RATE,
-        lambda: f"contrastive {seen['contrastive']:.3f} centre {seen['centre']:.3f}",
+        describe,
     ):
         texts, image_BCHW, centre_B2 = training_batch(step)
         image_BE = model.encode_image(image_BCHW, normalize=True)
@@ -188,7 +203,7 @@ def main() -> None:
         target_B = torch.arange(len(texts))
         contrastive = 0.5 * (F.cross_entropy(logits_BB, target_B) + F.cross_entropy(logits_BB.T, target_B))
         centre = F.mse_loss(centre_head(image_BE[: len(centre_B2)]), centre_B2)
-        seen |= {"contrastive": contrastive.item(), "centre": centre.item()}
+        seen["contrastive"], seen["centre"] = contrastive.item(), centre.item()
         optimizer.zero_grad(set_to_none=True)
         (contrastive + CENTRE_WEIGHT * centre).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

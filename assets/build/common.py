@@ -49,9 +49,7 @@ def to_uint8(image_BCHW: torch.Tensor) -> np.ndarray:
     return image_BCHW.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def train_batch(
-    seed: int, step: int, batch_size: int, relations_share: float
-) -> tuple[list[str], np.ndarray]:
+def train_batch(seed: int, step: int, batch_size: int, relations_share: float) -> tuple[list[str], np.ndarray]:
     """Captions of the train split and fresh renders of them, a function of (seed, step) alone."""
     rng = np.random.default_rng([seed, step])
     num_relations = int(rng.binomial(batch_size, relations_share))

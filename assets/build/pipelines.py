@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 
 from mmalign.synthetic.render import render
-from mmalign.synthetic.scenes import captions, sample_scenes
+from mmalign.synthetic.scenes import TIERS, captions, sample_scenes
 from mmalign.synthetic.scorer import Scores, score
 
 GUIDANCE_SCALE = 3.0
@@ -65,9 +65,7 @@ class Family(Protocol):
     def components(self, tokenizer) -> dict[str, torch.nn.Module]:
         """Freshly initialised trainable modules, "unet" among them."""
 
-    def condition(
-        self, modules: dict[str, torch.nn.Module], ids_BT: torch.Tensor, time_ids_B6: torch.Tensor
-    ) -> dict:
+    def condition(self, modules: dict[str, torch.nn.Module], ids_BT: torch.Tensor, time_ids_B6: torch.Tensor) -> dict:
         """Keyword arguments of the UNet's forward for these prompts."""
 
     def pipeline(self, modules: dict[str, torch.nn.Module], vae, tokenizer, scheduler) -> DiffusionPipeline:
@@ -319,7 +317,7 @@ def build(family: Family) -> None:
         n: sum(p.numel() for p in getattr(pipe, n).parameters()) for n in names if getattr(pipe, n, None) is not None
     }
     facts["vae_facts"] = json.loads((common.WORK_DIR / "vae" / "facts.json").read_text())
-    heldout = {"attributes": list(captions("attributes", "heldout")), "relations": list(captions("relations", "heldout"))}
+    heldout = {tier: list(captions(tier, "heldout")) for tier in TIERS}
     facts["vae_ceiling"] = {tier: vae_ceiling(pipe.vae, tier, "heldout") for tier in heldout}
     facts["heldout"] = {
         tier: {f"guidance_{g:g}": summary(measure(pipe, texts, 4, g)) for g in (1.0, GUIDANCE_SCALE, 5.0)}
@@ -348,7 +346,7 @@ def card_text(family: Family, facts: dict) -> str:
     class_name = family.pipeline_class.__name__
     return f"""# {family.name}
 
-A real `{class_name}` at tiny width, trained on the mmalign synthetic world: {facts['image_size_px']} px images,
+A real `{class_name}` at tiny width, trained on the mmalign synthetic world: {facts["image_size_px"]} px images,
 8 x 8 x 4 latents, fp16 on disk, {{bytes:,}} bytes in all. Deliberately imperfect: it often gets a part of its
 caption wrong, which is what preference training is there to repair.
 
@@ -356,20 +354,23 @@ caption wrong, which is what preference training is there to repair.
 from diffusers import {class_name}
 
 pipe = {class_name}.from_pretrained("assets/{family.name}")
-pipe("a large red circle on a white background", guidance_scale={GUIDANCE_SCALE:g}, num_inference_steps={INFERENCE_STEPS},
-     height={facts['image_size_px']}, width={facts['image_size_px']}).images[0]
+prompt = "a large red circle on a white background"
+pipe(prompt, guidance_scale={GUIDANCE_SCALE:g}, num_inference_steps={INFERENCE_STEPS}).images[0]
 ```
 
 | | |
 |---|---|
-| data | {POOL_SIZE:,} renders of train captions (one in five from the relations tier), VAE trained on fresh renders of the same captions |
-| objective | v-prediction, zero terminal SNR, trailing spacing, caption dropout {CAPTION_DROPOUT} to the empty string, text encoders trained jointly, EMA {EMA_DECAY} |
-| steps, batch, seed | {facts['chosen_step']} of {facts['total_steps']}, {facts['batch_size']}, {facts['seed']} |
+| data | {POOL_SIZE:,} renders of train captions, one in five of the relations tier; no held-out caption in any part |
+| objective | v-prediction, zero terminal SNR, trailing spacing; text encoders trained jointly |
+| regularisation | caption dropout {CAPTION_DROPOUT} to the empty string, EMA {EMA_DECAY} |
+| steps, batch, seed | {facts["chosen_step"]} of {facts["total_steps"]}, {facts["batch_size"]}, {facts["seed"]} |
 | parameters | {sizes} |
-| command | `python assets/build/vae.py && {facts['command']}` |
+| command | `python assets/build/vae.py && {facts["command"]}` |
 
-The checkpoint was chosen on the 32 dev captions (all-right share at guidance {GUIDANCE_SCALE:g} nearest to {TARGET_ALL_RIGHT}; {dev}).
-Held-out captions were scored once, 4 images each, {INFERENCE_STEPS} DDIM steps, exact scorer (`mmalign.synthetic.scorer`):
+The checkpoint was chosen on the 32 dev captions: all-right share at guidance {GUIDANCE_SCALE:g} nearest to
+{TARGET_ALL_RIGHT}, among {dev}.
+Held-out captions were scored once by the exact scorer (`mmalign.synthetic.scorer`), 4 images each,
+{INFERENCE_STEPS} DDIM steps:
 
 | tier | guidance | graded | fraction | all right |
 |---|---|---|---|---|

@@ -1,6 +1,6 @@
 """Write assets/prompts/TIER_SPLIT.txt, one caption per line, from the scene specification.
 
-    python assets/build/prompts.py
+python assets/build/prompts.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Train assets/sd15-tiny: a real StableDiffusionPipeline at tiny width.
 
-    python assets/build/vae.py && python assets/build/sd15.py
+python assets/build/vae.py && python assets/build/sd15.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Train assets/sdxl-tiny: a real StableDiffusionXLPipeline at tiny width.
 
-    python assets/build/vae.py && python assets/build/sdxl.py
+python assets/build/vae.py && python assets/build/sdxl.py
 """
 
 from __future__ import annotations

@@ -98,12 +98,8 @@ class Batches:
             raise ValueError("a batch mixes rows with and without `rejected`; use one kind per run")
         sides = [row.chosen for row in rows] + [row.rejected for row in paired if row.rejected is not None]
         repeat = 2 if paired else 1
-        images = self.features.images(
-            sides, [row.id for row in rows] * repeat, crops * repeat, flips * repeat
-        )
-        slots = [
-            (index, (ds[0] // self.num_draws)) for (index, _), ds in zip(visits, draws, strict=True)
-        ]
+        images = self.features.images(sides, [row.id for row in rows] * repeat, crops * repeat, flips * repeat)
+        slots = [(index, (ds[0] // self.num_draws)) for (index, _), ds in zip(visits, draws, strict=True)]
         return Batch(
             rows=rows,
             context=self.features.prompts(prompts),

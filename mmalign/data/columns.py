@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.data.fields import NUMBERS, BadRow, BadValueError, Columns, RowBuilder, digest_of, parse_image
-from mmalign.data.tables import ParquetTable, Table, check_columns, open_dataset, parquet_files
+from mmalign.data.tables import ParquetTable, Table, check_columns, check_light, open_dataset, parquet_files
 from mmalign.types import ImageRef, Row
 
 
@@ -74,6 +74,7 @@ def _read_pairs(table: Table, names: Columns, allow_empty_prompt: bool) -> Itera
     looks_like_pickapic = {"jpg_0", "jpg_1", "label_0"} <= set(table.column_names)
     hint = ". This is the Pick-a-Pic schema: set data.format: pickapic" if looks_like_pickapic else ""
     check_columns(table, [names.prompt, *names.images(), *(names.keep or ())], hint)
+    check_light(table, names.keep or ())
     image_columns = names.images()
     extra = [name for name in names.extra(table.column_names) if table.is_light(name)]
     by_path = [name for name in image_columns if table.is_path(name)]

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmalign.data.fields import BadRow, BadValueError, Columns, Dropped, RowBuilder, digest_of
-from mmalign.data.tables import ParquetTable, Table, check_columns, is_saved_dataset, open_dataset, parquet_files
+from mmalign.data.tables import (
+    ParquetTable,
+    Table,
+    check_columns,
+    check_light,
+    is_saved_dataset,
+    open_dataset,
+    parquet_files,
+)
 from mmalign.types import ImageRef, Row
 
 Ties = Literal["drop", "soft"]
@@ -58,6 +66,7 @@ def _read(
     else:
         check_columns(table, (*NEEDED, "image_0_uid", "image_1_uid"))
     check_columns(table, columns or ())
+    check_light(table, columns or ())
     present = [name for name in (*OPTIONAL, *(columns or ())) if name in table.column_names]
     keep = [name for name in OPTIONAL[1:] if name in present] if columns is None else columns
     builder = RowBuilder(Columns(prompt="caption", id="\0 no id column"), allow_empty_prompt)

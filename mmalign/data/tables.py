@@ -303,3 +303,10 @@ def check_columns(table: Table, needed: Sequence[str], hint: str = "") -> None:
     for name in needed:
         if name not in table.column_names:
             raise DataError(f"{table.label}: {missing(name, table.column_names)}{hint}")
+
+
+def check_light(table: Table, kept: Sequence[str]) -> None:
+    """Raise `DataError` when a column to keep for rewards holds binary data, which must not lie in memory."""
+    for name in kept:
+        if not table.is_light(name):
+            raise DataError(f"{table.label}: column {name!r} holds binary data; take it out of data.options.columns")

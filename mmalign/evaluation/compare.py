@@ -254,7 +254,8 @@ def weights_fingerprint(policy: Policy, view: View) -> str:
         if flat.numel() and not tensor.is_meta:
             probe = flat[:: max(1, flat.numel() // 256)][:256].to("cpu", torch.float64)
             digest.update(probe.numpy().tobytes())
-            digest.update(str(flat.sum(dtype=torch.float64).item()).encode())
+            # Six digits: another number of threads adds up in another order.
+            digest.update(f"{flat.float().sum().item():.5e}".encode())
     return digest.hexdigest()
 
 
@@ -330,7 +331,9 @@ def write_grid(report: Report, path: Path, num_prompts: int) -> None:
     settings = f"guidance {report.guidance_scales[0]:g} · {report.num_steps} steps"
     about = " · ".join([*(f"{key} {value}" for key, value in report.details), settings])
     gains = f"Gains over {report.labels[0]} in green, losses in red." if rewards else ""
-    save_grid(path, report.prompts[:shown], columns, title=report.title, lines=[about, f"{report.noise_line} {gains}".strip()])
+    save_grid(
+        path, report.prompts[:shown], columns, title=report.title, lines=[about, f"{report.noise_line} {gains}".strip()]
+    )
 
 
 def _file_name(prompt: str, seed: int) -> str:

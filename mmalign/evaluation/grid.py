@@ -272,7 +272,7 @@ def _draw_score(draw: ImageDraw.ImageDraw, layout: _Layout, score: CellScore, x:
 
 
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The image scaled into width × height with its proportions: hard pixels when enlarged twice or more, else Lanczos."""
+    """The image scaled into width × height, proportions kept: hard pixels when enlarged twice or more, else Lanczos."""
     from PIL import Image
 
     scale = min(width / image.width, height / image.height)

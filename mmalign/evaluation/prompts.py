@@ -48,7 +48,7 @@ def read_prompt_rows(spec: str | Path, limit: int | None = None) -> list[PromptR
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise ValueError(f"{path}: unknown kind of prompt list {path.suffix!r}; allowed: {', '.join(FORMATS)}")
-    rows = []
+    rows: list[PromptRow] = []
     for row in reader(path, text):
         if limit is not None and len(rows) >= limit:
             break

@@ -106,8 +106,9 @@ class Report:
                 return entry.comparison
         known = ", ".join(sorted({entry.reward.name for entry in self.entries})) or "none"
         raise ValueError(
-            f"no comparison for reward {reward!r}, model {label!r}, guidance scale {guidance_scale!r}. Rewards: {known}; "
-            f"models: {', '.join(self.labels[1:])}; guidance scales: {', '.join(map(str, self.guidance_scales))}"
+            f"no comparison for reward {reward!r}, model {label!r}, guidance scale {guidance_scale!r}. "
+            f"Rewards: {known}; models: {', '.join(self.labels[1:])}; "
+            f"guidance scales: {', '.join(map(str, self.guidance_scales))}"
         )
 
     @property

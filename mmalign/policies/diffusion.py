@@ -196,7 +196,9 @@ class DiffusionPolicy:
 
     def tokenizer_fingerprint(self) -> str:
         tokenizers = [getattr(self.pipe, name, None) for name in ("tokenizer", "tokenizer_2")]
-        text = "".join(str(sorted(t.get_vocab().items())) + str(t.model_max_length) for t in tokenizers if t is not None)
+        text = "".join(
+            str(sorted(t.get_vocab().items())) + str(t.model_max_length) for t in tokenizers if t is not None
+        )
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     @torch.no_grad()
@@ -212,7 +214,7 @@ class DiffusionPolicy:
         records = []
         for start in range(0, len(images), VAE_CHUNK):
             chunk = images[start : start + VAE_CHUNK]
-            pixels = torch.stack([torch.from_numpy(np.ascontiguousarray(image.pixels)) for image in chunk])
+            pixels = torch.stack([torch.from_numpy(np.array(image.pixels)) for image in chunk])
             pixels = pixels.permute(0, 3, 1, 2).to(self.device, self.pipe.vae.dtype) / 127.5 - 1
             posterior = self.pipe.vae.encode(pixels).latent_dist
             for index, image in enumerate(chunk):
@@ -285,9 +287,7 @@ class DiffusionPolicy:
         side = self.resolution // self.scale_factor
         shape = (self.pipe.unet.config.in_channels, side, side)
         latents = torch.stack([randomness.normal(shape, s, "sample", p) for p, s in zip(prompts, seeds, strict=True)])
-        generators = [
-            randomness.generator(s, "sampler", p) for p, s in zip(prompts, seeds, strict=True)
-        ]
+        generators = [randomness.generator(s, "sampler", p) for p, s in zip(prompts, seeds, strict=True)]
         with self._pipeline_of_view() as pipe, self.autocast():
             latents = pipe(
                 prompt=list(prompts),
@@ -361,5 +361,6 @@ def load_or_explain(path: str, load: Any) -> Any:
         return load()
     except (OSError, ValueError, ImportError) as error:
         text = " ".join(str(error).split())
-        raise ValueError(f"cannot load {path!r}: {text[:400]}. Give a local folder, a hub id, or builtin:NAME") from error
-
+        raise ValueError(
+            f"cannot load {path!r}: {text[:400]}. Give a local folder, a hub id, or builtin:NAME"
+        ) from error

@@ -67,9 +67,7 @@ def save(folder: Path, state: LoopState, trainable: Trainable, *, keep: int) -> 
                 names = [name for name, _ in trainable.parameters]
                 shadow = zip(names, trainable.ema.shadow_params, strict=True)
                 save_file({n: p.detach().cpu().contiguous() for n, p in shadow}, temporary / "ema.safetensors")
-                (temporary / "ema.json").write_text(
-                    json.dumps({"optimization_step": trainable.ema.optimization_step})
-                )
+                (temporary / "ema.json").write_text(json.dumps({"optimization_step": trainable.ema.optimization_step}))
             if trainable.scaler is not None:
                 (temporary / "scaler.json").write_text(json.dumps(trainable.scaler.state_dict()))
             (temporary / "state.json").write_text(json.dumps(asdict(state), indent=2))

@@ -11,8 +11,8 @@ from rich.console import Console
 from mmalign.builtin import resolve_path
 from mmalign.config import Config, ConfigError, EvaluateConfig, ModelConfig, RewardConfig, load_config
 from mmalign.evaluation.compare import compare_models
-from mmalign.policies.load import load_policy
-from mmalign.reward import load_reward
+from mmalign.policies.load import default_device, load_policy
+from mmalign.reward import load_rewards
 from mmalign.run.session import quiet_libraries
 
 
@@ -44,7 +44,9 @@ def compare(
         entries.append((Path(run).name, tuned))
     entries += [(Path(other).name or other, other_model(config, other)) for other in vs]
     if len(entries) < 2:
-        raise ConfigError(f"{run!r} is a config: nothing to compare its base model with. Give a run folder or --vs MODEL")
+        raise ConfigError(
+            f"{run!r} is a config: nothing to compare its base model with. Give a run folder or --vs MODEL"
+        )
     chosen = config.evaluate.prompts if prompts is None else prompts
     if chosen is None:
         raise ConfigError("no prompts: give --prompts FILE (or builtin:heldout)")
@@ -67,7 +69,7 @@ def compare(
     report = compare_models(
         models(),
         evaluate,
-        [(load_reward(spec), spec.name in trained_on) for spec in specs],
+        list(zip(load_rewards(specs, default_device()), (spec.name in trained_on for spec in specs), strict=True)),
         out,
         title=f"{config.model.path}: {' / '.join(label for label, _ in entries)}",
         progress=lambda phase, done, total: console.print(f"{phase} {done}/{total}") if done == total else None,

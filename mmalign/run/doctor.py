@@ -172,7 +172,9 @@ def show(console: Console, findings: dict[str, Any]) -> None:
     if config is not None:
         table = Table("part", "parameters", "GiB", box=None, header_style="bold", title="memory", title_justify="left")
         for name, part in config["memory"].items():
-            table.add_row(name, f"{part['parameters']:,.0f}" if part["parameters"] else "", f"{part['bytes'] / GIB:.3f}")
+            table.add_row(
+                name, f"{part['parameters']:,.0f}" if part["parameters"] else "", f"{part['bytes'] / GIB:.3f}"
+            )
         console.print(table)
         for line in config["golden"]:
             console.print(f"golden: {line}", highlight=False)

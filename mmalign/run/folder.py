@@ -57,9 +57,7 @@ class RunFolder:
         used = found.is_file()
         leftovers = (".lock", "bad_rows.jsonl")  # of a run that stopped before its first step
         if not used and self.path.is_dir() and any(p.name not in leftovers for p in self.path.iterdir()):
-            raise ConfigError(
-                f"output_dir {str(self.path)!r} is not empty and holds no mmalign run. Give a new folder"
-            )
+            raise ConfigError(f"output_dir {str(self.path)!r} is not empty and holds no mmalign run. Give a new folder")
         if used and self.config.run.resume == "never":
             raise ConfigError(
                 f"output_dir {str(self.path)!r} already holds a run and run.resume = 'never'. "

@@ -48,6 +48,4 @@ def make_scheduler(config: TrainConfig, optimizer: Any) -> Any:
     from diffusers.optimization import get_scheduler
 
     name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
-    return get_scheduler(
-        name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=max(config.steps, 1)
-    )
+    return get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=max(config.steps, 1))

@@ -62,9 +62,10 @@ def probe(policy: Any, method: Any, batch: Batch, reference_R: Tensor | None, *,
     (gradient_R,) = torch.autograd.grad(loss, value_R)
     golden = method.golden_loss
     tolerance = golden_tolerance(golden, gradient_R, value_R, dtype=dtype, cached=cached)
-    if golden is not None and not abs(float(loss) - golden) <= tolerance:
+    seen = float(loss.detach())
+    if golden is not None and not abs(seen - golden) <= tolerance:
         raise PreflightError(
-            f"step-0 loss is {float(loss):.8f}, expected {golden:.8f} ± {tolerance:.1e}: policy and reference differ "
+            f"step-0 loss is {seen:.8f}, expected {golden:.8f} ± {tolerance:.1e}: policy and reference differ "
             f"before training. A stale reference cache, a wrong adapter below model.adapters, or non-deterministic kernels"
         )
     accuracy = part.metrics.get("implicit_accuracy") if reference_R is not None else None
@@ -83,7 +84,7 @@ def probe(policy: Any, method: Any, batch: Batch, reference_R: Tensor | None, *,
     if num_zero == len(norms):
         raise PreflightError("all gradients of the first batch are exactly zero: nothing would be trained")
     return Preflight(
-        loss=float(loss),
+        loss=seen,
         golden=golden,
         tolerance=tolerance,
         implicit_accuracy=None if accuracy is None else float(accuracy.mean()),
@@ -93,9 +94,7 @@ def probe(policy: Any, method: Any, batch: Batch, reference_R: Tensor | None, *,
     )
 
 
-def golden_tolerance(
-    golden: float | None, gradient_R: Tensor, value_R: Tensor, *, dtype: str, cached: bool
-) -> float:
+def golden_tolerance(golden: float | None, gradient_R: Tensor, value_R: Tensor, *, dtype: str, cached: bool) -> float:
     """How far the step-0 loss may be from its golden value.
 
     Same kernels at the same batch shape: 1e-6 relative. With a cached reference the scores were rounded at another batch

@@ -27,7 +27,7 @@ from mmalign.data.features import Features
 from mmalign.data.load import drop_bad, load_rows, verify_images
 from mmalign.evaluation.compare import evaluate
 from mmalign.policies.load import load_policy
-from mmalign.reward import load_reward
+from mmalign.reward import load_rewards
 from mmalign.run import atomic, checkpoint, optim
 from mmalign.run.checkpoint import LoopState, Trainable
 from mmalign.run.folder import RunFolder, RunResult
@@ -69,7 +69,9 @@ class Session:
         self.interruption.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.close()
         if self.tracker is not None:
@@ -86,17 +88,13 @@ class Session:
     def load_policy(self) -> Any:
         with self.phase("load"):
             config = self.config
-            policy = load_policy(
-                config.model, data=config.data, device=self.accelerator.device, seed=config.train.seed
-            )
+            policy = load_policy(config.model, data=config.data, device=self.accelerator.device, seed=config.train.seed)
         trained = sum(parameter.numel() for _, parameter in policy.trainable())
         total = sum(p.numel() for module in policy.modules().values() for p in module.parameters())
-        self.console.print(
+        self.say(
             f"[bold]{config.model.family}[/] from {config.model.path} on {policy.device}, {config.model.dtype}, "
             f"attention: {policy.attention}; training {trained:,} of {total:,} parameters "
-            f"({'LoRA' if config.model.lora else 'full'})",
-            highlight=False,
-            soft_wrap=True,
+            f"({'LoRA' if config.model.lora else 'full'})"
         )
         return policy
 
@@ -121,11 +119,11 @@ class Session:
                 self._close_bar()
                 bad = gather_object(report.bad) if self.accelerator.num_processes > 1 else report.bad
                 row_set = drop_bad(row_set, bad, bad_rows_path=bad_rows)
-            self.console.print(f"cache: {report}", highlight=False)
+            self.say(f"cache: {report}")
         rows = row_set.rows
         self._data_fingerprint = row_set.fingerprint
         counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in row_set.counts.items() if value)
-        self.console.print(f"data: {config.data.path}: {counts}", highlight=False)
+        self.say(f"data: {config.data.path}: {counts}")
         features = Features(policy, config.data, cache, seed=seed)
         return Batches(
             rows,
@@ -172,10 +170,9 @@ class Session:
             self._close_bar()
         if built:
             visits = config.train.steps * batches.rows_per_step
-            self.console.print(
+            self.say(
                 f"reference: {built} scores in {time.monotonic() - started:.0f} s; pays off after {built} of the "
-                f"{visits} row visits of this run",
-                highlight=False,
+                f"{visits} row visits of this run"
             )
         policy.release_reference()
         return table
@@ -195,14 +192,12 @@ class Session:
             self._check_belongs(checkpoint.read_state(newest), newest)
             state = checkpoint.restore(newest, self._trainable(policy))
             self.seconds = {**state.seconds, **self.seconds}
-            self.console.print(f"resumed from {newest} (step {state.step} of {config.train.steps})", highlight=False)
+            self.say(f"resumed from {newest} (step {state.step} of {config.train.steps})")
         if self.accelerator.num_processes > 1:
             policy.denoiser = self.accelerator.prepare(policy.denoiser)
         self.folder.begin()
         if self.is_main:
-            self.tracker = Tracker(
-                self.folder.path, config.run.tracker, dump(config), resumed_at=state.step
-            )
+            self.tracker = Tracker(self.folder.path, config.run.tracker, dump(config), resumed_at=state.step)
         return state
 
     def _check_belongs(self, state: LoopState, newest: Path) -> None:
@@ -228,11 +223,9 @@ class Session:
             reference_R = None
             if method.needs_reference:
                 reference_R = reference.get(batch) if reference else score_reference(policy, method, batch)
-            found = probe(
-                policy, method, batch, reference_R, dtype=config.model.dtype, cached=reference is not None
-            )
+            found = probe(policy, method, batch, reference_R, dtype=config.model.dtype, cached=reference is not None)
         for line in found.lines():
-            self.console.print(f"preflight: {line}", highlight=False)
+            self.say(f"preflight: {line}")
 
     # -- while training ----------------------------------------------------------------------------------------------
 
@@ -291,7 +284,7 @@ class Session:
         state.stop_average = value if old is None else rule.smoothing * old + (1 - rule.smoothing) * value
         if state.stop_average > rule.above:
             self.stopped_by_rule = True
-            self.console.print(
+            self.say(
                 f"stop rule: the average of {rule.metric} is {state.stop_average:.4g} > {rule.above} at step {state.step}"
             )
 
@@ -322,16 +315,18 @@ class Session:
         """Export, evaluate, summarise; or say how to go on after an interruption."""
         self._close_bar()
         if self.interruption.requested:
-            self.console.print(
+            self.say(
                 f"interrupted at step {state.step} of {self.config.train.steps}; a checkpoint is written. "
                 f"Start the same command again to continue"
             )
             return self._summarise(state, "interrupted")
         self.accelerator.wait_for_everyone()
         if self.is_main:
-            with self.phase("export"), policy.view(self.trained_view), atomic.atomic_folder(
-                self.folder.path / "final"
-            ) as temporary:
+            with (
+                self.phase("export"),
+                policy.view(self.trained_view),
+                atomic.atomic_folder(self.folder.path / "final") as temporary,
+            ):
                 policy.export(temporary)
             self.evaluate(policy, state)
         self.accelerator.wait_for_everyone()
@@ -344,10 +339,9 @@ class Session:
         if config.prompts is None:
             return
         trained_on = {reward.name for reward in self.config.rewards}
-        scorers = [
-            (load_reward(reward, policy.device), reward.name in trained_on)
-            for reward in [*config.rewards, *config.held_out]
-        ]
+        specs = [*config.rewards, *config.held_out]
+        loaded = load_rewards(specs, policy.device)
+        scorers = [(scorer, spec.name in trained_on) for scorer, spec in zip(loaded, specs, strict=True)]
         with self.phase("evaluate"):
             evaluate(
                 policy,
@@ -384,13 +378,17 @@ class Session:
 
     def _say_finished(self, result: RunResult) -> None:
         folder = result.folder
-        self.console.print(f"[bold]{result.summary['status']}[/] at step {result.summary['steps']}: {folder}")
+        self.say(f"[bold]{result.summary['status']}[/] at step {result.summary['steps']}: {folder}")
         for name in ("grid.png", "report.html", "final"):
             if (folder / name).exists():
-                self.console.print(f"  {folder / name}", highlight=False, soft_wrap=True)
+                self.say(f"  {folder / name}")
         headline = result.report.get("headline")
         if headline:
-            self.console.print(f"  {headline}", highlight=False, soft_wrap=True)
+            self.say(f"  {headline}")
+
+    def say(self, text: str) -> None:
+        """One line to the user, from the main process; never broken, so that paths can be copied."""
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     # -- small things ------------------------------------------------------------------------------------------------
 

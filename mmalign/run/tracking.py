@@ -163,7 +163,9 @@ class Bar:
             self._printed = time.monotonic()
             rate = (done - self._first) / max(self._printed - self._started, 1e-9)
             left = (self.total - done) / rate if rate > 0 else 0
-            self.console.print(f"{self.title} {done}/{self.total}  {left:.0f} s left  {text}", highlight=False)
+            self.console.print(
+                f"{self.title} {done}/{self.total}  {left:.0f} s left  {text}", highlight=False, soft_wrap=True
+            )
 
     def close(self) -> None:
         if self._progress is not None:

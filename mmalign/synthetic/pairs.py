@@ -87,7 +87,9 @@ def preference_pairs(
         wrong.append(names)
     images = render(scenes, size_px)
     return tuple(
-        PreferencePair(f"{kind}-{tier}-{split}-{size_px}px-{seed}-{index}", prompt, images[2 * index], images[2 * index + 1], names)
+        PreferencePair(
+            f"{kind}-{tier}-{split}-{size_px}px-{seed}-{index}", prompt, images[2 * index], images[2 * index + 1], names
+        )
         for index, (prompt, names) in enumerate(zip(prompts, wrong, strict=True))
     )
 
@@ -137,7 +139,9 @@ def _wrong_background(scene: Scene, rng: np.random.Generator) -> Scene:
 
 def _wrong_colour(scene: Scene, rng: np.random.Generator) -> Scene:
     taken = {o.colour for o in scene.objects}
-    colour = _other([c for c in COLOURS if c not in taken or c == scene.objects[0].colour], scene.objects[0].colour, rng)
+    colour = _other(
+        [c for c in COLOURS if c not in taken or c == scene.objects[0].colour], scene.objects[0].colour, rng
+    )
     return _with_first_kind(scene, lambda o: replace(o, colour=colour))
 
 

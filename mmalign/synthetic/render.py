@@ -55,9 +55,7 @@ def coverage(shape_N: np.ndarray, box_N4: np.ndarray, size_px: int) -> np.ndarra
     return np.clip(out_NHW, 0.0, 1.0, out=out_NHW)
 
 
-def _distance(
-    name: str, u: np.ndarray, v: np.ndarray, half_x: np.ndarray, half_y: np.ndarray
-) -> np.ndarray:
+def _distance(name: str, u: np.ndarray, v: np.ndarray, half_x: np.ndarray, half_y: np.ndarray) -> np.ndarray:
     """Signed distance to a shape's edge, negative inside; `u` is |x - centre|, `v` is y - centre.
 
     Exact along the edges, which is all that anti-aliasing reads; not Euclidean around corners.

@@ -53,9 +53,7 @@ SIZES = MappingProxyType({"small": (0.185, 0.225), "large": (0.310, 0.380)})
 SIZE_THRESHOLD = 0.2675
 COUNT_WORDS = MappingProxyType({"two": 2, "three": 3, "four": 4})
 RELATIONS = ("left of", "right of", "above", "below")
-OPPOSITE_RELATION = MappingProxyType(
-    {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-)
+OPPOSITE_RELATION = MappingProxyType({"left of": "right of", "right of": "left of", "above": "below", "below": "above"})
 
 GRID_CELLS = 3
 MARGIN = 0.03
@@ -63,9 +61,7 @@ MARGIN = 0.03
 CELL_RADIUS = (0.105, 0.130)
 CELL_GAP = 0.02
 
-_PLURALS = MappingProxyType(
-    {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
-)
+_PLURALS = MappingProxyType({"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"})
 _SINGULARS = MappingProxyType({plural: shape for shape, plural in _PLURALS.items()})
 _GLUE = ("a", "an", "on", "background", "left", "right", "of", "above", "below")
 VOCABULARY: tuple[str, ...] = tuple(
@@ -310,6 +306,7 @@ def _split_captions(kind: str, split: Split) -> tuple[str, ...]:
 
 def _meanings(kind: str) -> list[tuple[str, ...]]:
     """Groups of captions that say the same, in hash order."""
+    groups: list[tuple[str, ...]] = []
     if kind == "attribute":
         specs = product(BACKGROUNDS, COLOURS, SHAPES, SIZES)
         groups = [(caption(SceneSpec(b, (ObjectSpec(c, s, z),))),) for b, c, s, z in specs]
@@ -319,7 +316,6 @@ def _meanings(kind: str) -> list[tuple[str, ...]]:
             for b, c, s, n in product(BACKGROUNDS, COLOURS, SHAPES, COUNT_WORDS.values())
         ]
     else:
-        groups = []
         kinds = [ObjectSpec(c, s) for c, s in product(COLOURS, SHAPES)]
         for b, first, second, relation in product(BACKGROUNDS, kinds, kinds, ("left of", "above")):
             # Equal colours would make "which of the two" a question of shape alone.

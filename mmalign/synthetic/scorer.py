@@ -246,9 +246,7 @@ def _template_span(shape: int) -> tuple[float, float, float, float]:
     return tuple(float((edge[0] - 0.5) / half) for edge in (left, right, top, bottom))  # type: ignore[return-value]
 
 
-def _attribute_parts(
-    spec: SceneSpec, background_C: np.ndarray, reading: Reading, index: int
-) -> tuple[PartScore, ...]:
+def _attribute_parts(spec: SceneSpec, background_C: np.ndarray, reading: Reading, index: int) -> tuple[PartScore, ...]:
     (wanted,) = spec.objects
     assert wanted.size is not None
     present = bool(reading.present_P[index])
@@ -278,7 +276,9 @@ def _relation_parts(spec: SceneSpec, image_HWC: np.ndarray, background_C: np.nda
     ]
     shape = [[_shape_part(reading.overlap_PS[p], o.shape) for o in spec.objects] for p in range(num_found)]
     # Each wanted object claims a component of its own; objects without one are wrong.
-    claims = _best_claims([[c.soft + s.soft for c, s in zip(*row, strict=True)] for row in zip(colour, shape, strict=True)])
+    claims = _best_claims(
+        [[c.soft + s.soft for c, s in zip(*row, strict=True)] for row in zip(colour, shape, strict=True)]
+    )
     parts = [
         background,
         _joined("colour", [colour[p][w] for w, p in claims.items()], num_wanted),
@@ -302,7 +302,9 @@ def _read_components(image_HWC: np.ndarray, background_C: np.ndarray) -> Reading
     from scipy import ndimage
 
     contrast_HW = _contrast(image_HWC[None], background_C[None])[0]
-    labels_HW, num_labels = ndimage.label(contrast_HW > max(MIN_CONTRAST, 0.33 * float(np.quantile(contrast_HW, 0.995))))
+    labels_HW, num_labels = ndimage.label(
+        contrast_HW > max(MIN_CONTRAST, 0.33 * float(np.quantile(contrast_HW, 0.995)))
+    )
     areas = np.bincount(labels_HW.ravel(), minlength=num_labels + 1)[1:] / labels_HW.size
     kept = [k + 1 for k in np.argsort(-areas, kind="stable") if areas[k] > MIN_OBJECT_AREA]
     alone = []

@@ -110,7 +110,9 @@ def test_interval_agrees_with_the_normal_approximation() -> None:
     difference = rng.normal(0.3, 1.0, size=400)
     result = paired_comparison(np.zeros(400), difference)
     half = 1.96 * difference.std() / math.sqrt(400)
-    assert result.mean_difference_interval == pytest.approx((difference.mean() - half, difference.mean() + half), abs=0.01)
+    assert result.mean_difference_interval == pytest.approx(
+        (difference.mean() - half, difference.mean() + half), abs=0.01
+    )
     share = result.win_rate
     half = 1.96 * math.sqrt(share * (1 - share) / 400)
     assert result.interval == pytest.approx((share - half, share + half), abs=0.01)

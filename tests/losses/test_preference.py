@@ -82,7 +82,9 @@ def test_robust_is_unbiased_under_label_flips():
     """E over flips with probability eps of the robust loss = the clean loss."""
     ratio_w, ratio_l = scores()
     clean = dpo(ratio_w, ratio_l, beta=10)
-    keep, flip = (dpo(*pair, beta=10, label_smoothing=0.2, robust=True) for pair in ((ratio_w, ratio_l), (ratio_l, ratio_w)))
+    keep, flip = (
+        dpo(*pair, beta=10, label_smoothing=0.2, robust=True) for pair in ((ratio_w, ratio_l), (ratio_l, ratio_w))
+    )
     torch.testing.assert_close(0.8 * keep + 0.2 * flip, clean, rtol=1e-5, atol=1e-6)
 
 
@@ -193,7 +195,9 @@ def test_numeric_equals_analytic_gradient(loss):
         if gradient is None:
             continue  # sft does not look at the loser
         step = 1e-3
-        shift = [loss(*(s.detach() + (sign * step if s is value else 0) for s in (score_w, score_l))) for sign in (1, -1)]
+        shift = [
+            loss(*(s.detach() + (sign * step if s is value else 0) for s in (score_w, score_l))) for sign in (1, -1)
+        ]
         numeric = (shift[0] - shift[1]).double() / (2 * step)
         torch.testing.assert_close(numeric.float(), gradient, rtol=3e-2, atol=2e-3 * gradient.abs().max().item())
 

@@ -123,3 +123,11 @@ def open_clip_folder(
     (folder / "open_clip_config.json").write_text(json.dumps(open_clip_config), encoding="utf-8")
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _keep_loaded(transformers_clip: Path, open_clip_folder: Path) -> list[Any]:
+    """Loaded models are shared while in use; held here, they are loaded once for all tests."""
+    from mmalign.rewards.clip_model import load_clip
+
+    return [load_clip(model) for model in (str(transformers_clip), str(open_clip_folder), "builtin:clip-tiny")]

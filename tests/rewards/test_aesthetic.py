@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def published(root: Path) -> Path:
 def head_state(indices: tuple[int, ...], widths: tuple[int, ...]) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     state = {}
-    for index, (into, out) in zip(indices, zip(widths, widths[1:], strict=False), strict=True):
+    for index, (into, out) in zip(indices, pairwise(widths), strict=True):
         state[f"layers.{index}.weight"] = torch.randn(out, into, generator=generator)
         state[f"layers.{index}.bias"] = torch.randn(out, generator=generator)
     return state
@@ -147,7 +148,7 @@ def test_head_file_or_the_folder_that_holds_it(tmp_path: Path, suffix: str):
 
 
 def test_missing_ambiguous_and_foreign_files_are_errors(tmp_path: Path):
-    with pytest.raises(ValueError, match="expected one head file .* found none"):
+    with pytest.raises(ValueError, match=r"expected one head file .* found none"):
         read_head(str(tmp_path))
     with pytest.raises(ValueError, match="does not exist"):
         read_head(str(tmp_path / "head.pth"))
@@ -169,7 +170,7 @@ def test_head_file_cannot_run_code(tmp_path: Path):
             return (Path.touch, (trace,))
 
     torch.save({"weight": Evil()}, tmp_path / "head.pth")
-    with pytest.raises(Exception, match="(?i)weights.only"):
+    with pytest.raises(Exception, match=r"(?i)weights.only"):
         read_head(str(tmp_path / "head.pth"))
     assert not trace.exists()
 

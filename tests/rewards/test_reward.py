@@ -75,7 +75,7 @@ def test_class_from_a_file_with_options_and_declarations(reward_file):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ofset": 1}, r"no option 'ofset' \(did you mean 'offset'\?\)"),
+        ({"offzet": 1}, r"no option 'offzet' \(did you mean 'offset'\?\)"),
         ({"offset": "much"}, "option 'offset'.*valid number"),
     ],
 )

@@ -69,6 +69,16 @@ def test_folder_with_broken_images_keeps_every_line_and_says_so(brightness: str,
     assert "brightness: 3 of 5 images scored, mean 0.4" in capsys.readouterr().err
 
 
+def test_single_image(brightness: str, folder: Path, world, tmp_path: Path):
+    code, rows = run(brightness, folder / "white.png")
+    assert (code, rows[0]["id"], rows[0]["score"]) == (0, "white.png", pytest.approx(1.0))
+    with pytest.raises(RewardError, match=r"needs prompts, and .*white\.png has none"):
+        run("synthetic_truth", folder / "white.png")
+    world.images[0].save(tmp_path / "scene.png")
+    (tmp_path / "scene.txt").write_text(world.prompts[0])
+    assert run("synthetic_truth", tmp_path / "scene.png")[1][0]["sub_scores"]["all_right"] == 1.0
+
+
 def test_good_folder_exits_with_zero(brightness: str, folder: Path):
     (folder / "cut.png").unlink()
     (folder / "text.jpeg").unlink()
@@ -76,9 +86,7 @@ def test_good_folder_exits_with_zero(brightness: str, folder: Path):
 
 
 def test_reward_that_needs_prompts_says_so_on_a_folder_without(folder: Path):
-    with pytest.raises(
-        RewardError, match=r"reward 'synthetic_truth' needs prompts, and .*images holds images only; put"
-    ):
+    with pytest.raises(RewardError, match=r"reward 'synthetic_truth' needs prompts, and .*images has none; put"):
         run("synthetic_truth", folder)
 
 
@@ -131,6 +139,8 @@ def test_jsonl_with_paths_base64_and_columns(reward_file, world, tmp_path: Path)
 
 
 def test_own_output_can_be_scored_again(brightness: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(folder.parent)  # a relative folder must not make the paths relative to it
+    folder = Path(folder.name)
     out = tmp_path / "scores.jsonl"
     score_data(brightness, folder, out)
     again = run(brightness, out)[1]
@@ -189,7 +199,7 @@ def test_file_is_complete_or_not_there(reward_file, folder: Path, tmp_path: Path
         def works(images):
             return [0.0] * len(images)
     """)
-    with pytest.raises(RewardError, match="reward 'fails_late' failed .* RuntimeError: late"):
+    with pytest.raises(RewardError, match=r"reward 'fails_late' failed .* RuntimeError: late"):
         score_data(f"{path}:fails_late", folder, out, batch_size=1)
     assert list(out.parent.iterdir()) == []
     assert score_data(f"{path}:works", folder, out) == 1

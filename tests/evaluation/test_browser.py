@@ -1,0 +1,190 @@
+"""The report in a real Chromium, loaded from file://: links, filter, order, keyboard, lightbox, and hostile prompts."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmalign.config import EvaluateConfig
+from mmalign.evaluation.compare import evaluate
+from mmalign.evaluation.report import Report, write_report
+
+from .painter import Painter, brightness, darkness, noise, scorer
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1400,1000",
+    "--virtual-time-budget=3000",
+)
+HOSTILE = (
+    "</script><script>document.body.dataset.pwned = 1</script><img src=x onerror='document.body.dataset.pwned = 2'>"
+    ' & "quotes" <!-- a red circle'
+)
+PROMPTS = ["a red square", "a red circle", "a blue square", HOSTILE, "a large blue circle"]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: the report is not tested in a browser"),
+]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    settings = EvaluateConfig(prompts=str(folder / "prompts.txt"), seeds=2, guidance_scale=[2.0, 4.0])
+    scorers = [(scorer(brightness), True), (scorer(darkness), False), (scorer(noise), False)]
+    # Only circles gain in brightness, so the order by gain is known: 1, 3, 4 and then 0, 2.
+    report = evaluate(Painter(only="circle"), settings, scorers, folder, title="Painter <before> & after")
+    return report, folder
+
+
+def browse(page: Path, address: str, tmp_path: Path, script: str = "") -> tuple[dict[str, Any], str]:
+    """Load the page, run `script` in it, and return `out` of the script and the document."""
+    target = page
+    if script:
+        # Beside the page, so that its relative links hold; the policy of the page admits only scripts with its nonce.
+        source = page.read_text(encoding="utf-8")
+        nonce = re.search(r'<script nonce="([0-9a-f]+)">', source)
+        assert nonce
+        hook = (
+            f'<script nonce="{nonce[1]}">const press = key => document.activeElement.dispatchEvent('
+            "new KeyboardEvent('keydown', {key, bubbles: true, cancelable: true}));"
+            "const cards = () => [...document.querySelectorAll('.card')].map(card => Number(card.dataset.prompt));"
+            "const wait = milliseconds => new Promise(done => setTimeout(done, milliseconds));"
+            f"(async () => {{ const out = {{}}; await wait(200); {script};"
+            "document.body.dataset.out = JSON.stringify(out); })();"
+            "</script></body>"
+        )
+        target = page.with_name("hooked.html")
+        target.write_text(source.replace("</body>", hook), encoding="utf-8")
+    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    done = subprocess.run([*command, f"{target.as_uri()}{address}"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = re.search(r'<body[^>]* data-out="([^"]*)"', done.stdout)
+    assert found or not script, done.stdout[:500] + done.stderr[-2000:]
+    return (json.loads(html.unescape(found[1])) if found else {}), done.stdout
+
+
+def card_order(document: str) -> list[int]:
+    return [int(number) for number in re.findall(r'<article class="card" data-prompt="(\d+)"', document)]
+
+
+def test_deep_links(report: tuple[Report, Path], tmp_path: Path) -> None:
+    page = report[1] / "report.html"
+    _, document = browse(page, "", tmp_path)
+    assert card_order(document) == [0, 1, 2, 3, 4]
+    assert "dialog open" not in document
+    _, document = browse(page, "#sort=brightness&filter=blue+A", tmp_path)
+    assert card_order(document) == [4, 2]
+    assert "2 of 5 prompts" in document
+    _, document = browse(page, "#sort=darkness&open=1.1&guidance=4", tmp_path)
+    assert card_order(document) == [0, 2, 1, 3, 4]
+    assert re.search(r"<dialog[^>]* open", document)
+    assert "prompt 2 · seed 1 · guidance 4" in document
+
+
+def test_hostile_prompts_are_text(report: tuple[Report, Path], tmp_path: Path) -> None:
+    out, document = browse(
+        report[1] / "report.html",
+        "",
+        tmp_path,
+        "out.text = document.querySelectorAll('.card h2')[3].lastChild.textContent;"
+        "out.pwned = document.body.dataset.pwned;"
+        "out.scripts = [...document.scripts].filter(s => !s.type && !s.nonce).length; out.title = document.title;",
+    )
+    assert out == {"text": HOSTILE, "scripts": 0, "title": "Painter <before> & after"}
+    assert "data-pwned" not in document
+
+
+def test_controls_keyboard_and_lightbox(report: tuple[Report, Path], tmp_path: Path) -> None:
+    script = """
+      const set = (id, value, type) => { $(id).value = value; $(id).dispatchEvent(new Event(type)); };
+      set('sort', 'brightness', 'change'); out.sorted = cards(); out.hash = location.hash;
+      $('dir').click(); out.reversed = cards(); $('dir').click();
+      set('show', 'gains', 'change'); out.gains = cards(); set('show', 'all', 'change');
+      press('/'); out.focused = document.activeElement.id;
+      set('filter', 'RED circle', 'input'); out.filtered = cards(); out.count = $('count').textContent;
+      set('filter', 'nothing like it', 'input'); out.none = $('cards').textContent; set('filter', '', 'input');
+      document.activeElement.blur();
+      await wait(300);
+      press('j'); out.first = Number(document.activeElement.dataset.prompt);
+      press('j'); out.second = Number(document.activeElement.dataset.prompt);
+      document.querySelector('.card[data-prompt="3"] .shot').click();
+      out.opened = [$('box').open, $('box-about').textContent, $('box-prompt').textContent.length];
+      out.panes = [...document.querySelectorAll('.pane h3')].map(node => node.textContent);
+      press('ArrowRight'); out.nextSeed = $('box-about').textContent;
+      press('ArrowRight'); out.nextPrompt = $('box-about').textContent;
+      press('ArrowUp'); out.up = $('box-about').textContent;
+      press('g'); out.guidance = $('box-about').textContent;
+      const seen = pane => getComputedStyle(pane).display !== 'none';
+      const visible = () => [...document.querySelectorAll('.pane')].filter(seen).length;
+      out.beside = visible(); press(' '); out.flipped = [visible(), document.querySelector('.pane.on h3').textContent];
+      press(' '); out.flippedAgain = document.querySelector('.pane.on h3').textContent;
+      await wait(100); out.wide = document.querySelector('.pane.on img').getBoundingClientRect().width;
+      press('Escape'); out.closed = [$('box').open, location.hash.includes('open')];
+      await wait(200);
+      out.loaded = [...document.querySelectorAll('.card img')].filter(image => image.naturalWidth === 16).length;
+      out.rows = [...document.querySelectorAll('#summary tbody tr')].length;
+    """
+    out, _ = browse(report[1] / "report.html", "", tmp_path, script)
+    assert out["sorted"] == [1, 3, 4, 0, 2]
+    assert "sort=brightness" in out["hash"]
+    assert out["reversed"] == [0, 2, 1, 3, 4]
+    assert out["gains"] == [1, 3, 4]
+    assert out["focused"] == "filter"
+    assert (out["filtered"], out["count"]) == ([1, 3], "2 of 5 prompts")
+    assert out["none"] == "No prompt matches."
+    assert (out["first"], out["second"]) == (1, 3)
+    assert out["opened"] == [True, "prompt 4 · seed 0 · guidance 2", len(HOSTILE)]
+    assert out["panes"] == ["before", "after"]
+    assert out["nextSeed"] == "prompt 4 · seed 1 · guidance 2"
+    assert out["nextPrompt"] == "prompt 5 · seed 0 · guidance 2"
+    assert out["up"] == "prompt 4 · seed 0 · guidance 2"
+    assert out["guidance"] == "prompt 4 · seed 0 · guidance 4"
+    assert out["beside"] == 2
+    assert out["flipped"] == [1, "before"]
+    assert out["flippedAgain"] == "after"
+    assert out["wide"] > 400
+    assert out["closed"] == [False, False]
+    assert out["loaded"] == 5 * 2 * 2
+    assert out["rows"] == 4 * 2
+
+
+def test_images_out_of_sight_are_not_decoded(report: tuple[Report, Path], tmp_path: Path) -> None:
+    script = "await wait(300); out.images = document.querySelectorAll('.card img').length"
+    few, _ = browse(report[1] / "report.html", "#size=512", tmp_path, script)
+    assert 0 < few["images"] < 20
+
+
+def test_linked_images_load_from_beside_the_page(report: tuple[Report, Path], tmp_path: Path) -> None:
+    folder = report[1]
+    original = (folder / "report.html").read_text(encoding="utf-8")
+    write_report(report[0], folder, embed_budget=0)
+    try:
+        out, _ = browse(
+            folder / "report.html",
+            "#size=64",
+            tmp_path,
+            "await wait(500); const all = [...document.querySelectorAll('.card img')];"
+            "out.linked = all.filter(i => i.getAttribute('src').startsWith('samples/')).length;"
+            "out.loaded = all.filter(i => i.naturalWidth === 16).length",
+        )
+    finally:
+        (folder / "report.html").write_text(original, encoding="utf-8")
+    assert out["linked"] == out["loaded"] >= 8
