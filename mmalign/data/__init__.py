@@ -13,8 +13,10 @@
 * **Rows hold references, never pixels.** A million rows fit in memory because an `ImageRef` into a table reads its
   cell when asked. What needs image bytes (undecodable files, identical bytes) is therefore found when the cache is
   built, by `load.verify_images`, or by `mmalign data check`, not at load.
-* **Row ids are identities.** Crops, flips, noise and label noise are functions of the id; ids must not depend on the
-  order of rows. Two rows with the same explicit id are an error.
+* **Row ids are identities.** Crops, flips, noise and label noise are functions of the id; ids should not depend on the
+  order of rows. A row without one gets it from its prompt and image names; only where images lie in table cells
+  (Parquet, hub) do file and row number enter, so give such tables an `id` column if rows may move. Two rows with the
+  same explicit id are an error.
 
 Gotchas: `crop_top_left` counts in the resized *and flipped* image, as in the published SDXL scripts. Random access into
 a Parquet row group decodes the whole column chunk: keep `data.cache: true`. Records from a cache are shared: never

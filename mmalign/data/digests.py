@@ -35,17 +35,23 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def location(ref: ImageRef) -> str | None:
-    """Identity of the place an image lies in, None for images in memory and for places without a file behind them."""
+    """Identity of the place an image lies in and of the file's version; None for images in memory.
+
+    References into data sets of several files bring the `version` of all of them, empty when there are no files.
+    """
     if ref.path is None:
         return None
-    try:
-        status = ref.path.stat()
-    except OSError:
-        return None
-    if not ref.path.is_file():
+    version = getattr(ref, "version", None)
+    if version is None:
+        try:
+            status = ref.path.stat()
+        except OSError:
+            return None
+        version = f"{status.st_size}:{status.st_mtime_ns}"
+    elif not version:
         return None
     cell = [getattr(ref, name, None) for name in CELL_FIELDS]
-    text = json.dumps([str(ref.path.absolute()), status.st_size, status.st_mtime_ns, *cell])
+    text = json.dumps([str(ref.path.absolute()), version, *cell])
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 

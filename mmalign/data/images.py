@@ -9,7 +9,6 @@ import io
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -126,10 +125,9 @@ def prepare_image(image: Image.Image, *, resolution: int, crop: tuple[float, flo
         (top + resolution) * height / resized_h,
     )
     square = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
-    pixels: Any = np.asarray(square)
-    if flip:
-        pixels = pixels[:, ::-1]
-    return PreparedImage(np.ascontiguousarray(pixels), (height, width), (top, left))
+    # Copied: PIL's buffer is read-only, which torch warns about.
+    pixels = np.array(square)
+    return PreparedImage(np.ascontiguousarray(pixels[:, ::-1] if flip else pixels), (height, width), (top, left))
 
 
 def resized_size(height: int, width: int, resolution: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ names of the columns; pickapic.py reads the same tables under a fixed schema.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import threading
@@ -64,6 +65,7 @@ class DatasetImageRef(ImageRef):
 
     row: int = 0
     column: str = ""
+    version: str = ""
     column_table: Any = field(default=None, repr=False, compare=False)
 
     def read_bytes(self) -> bytes:
@@ -183,6 +185,7 @@ class DatasetTable:
         self.label = label
         self._dataset = dataset
         self._folder = folder
+        self._version = _files_version(dataset)
         self._columns: dict[str, Any] = {}
         self.column_names = list(dataset.column_names)
 
@@ -205,11 +208,23 @@ class DatasetTable:
         if column not in self._columns:
             self._columns[column] = self._dataset.select_columns([column])
         return DatasetImageRef(
-            path=self._folder, source=source, row=position, column=column, column_table=self._columns[column]
+            path=self._folder,
+            source=source,
+            row=position,
+            column=column,
+            version=self._version,
+            column_table=self._columns[column],
         )
 
     def folder(self, position: Any) -> Path:
         return self._folder
+
+
+def _files_version(dataset: Any) -> str:
+    """Changes when one of the dataset's files does; empty for a dataset in memory."""
+    files = sorted(file["filename"] for file in dataset.cache_files)
+    states = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in files]
+    return hashlib.blake2b(repr(states).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest() if files else ""
 
 
 def _holds_binary(kind: Any) -> bool:

@@ -112,7 +112,7 @@ def _compare(
     progress: Progress | None,
 ) -> Report:
     if config.prompts is None:
-        raise ValueError("evaluate.prompts is not set; give a prompt file or builtin:heldout")
+        raise ValueError("evaluate.prompts is not set; give a prompt file or builtin:attributes_heldout")
     rows, num_repeated = _unique(read_prompt_rows(config.prompts, config.limit))
     sample_root = samples or folder / "samples"
     plan: _Plan | None = None

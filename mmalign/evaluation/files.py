@@ -8,12 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mmalign.run import atomic
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path in the folder of `path`; renamed to `path` when the block ends well, removed otherwise."""
+    """A temporary path in the folder of `path`; renamed to `path` when the block ends well, removed otherwise.
+
+    Not synced to disk, unlike checkpoints: an image lost with the power is made again, and there are thousands.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{atomic.TEMPORARY}{path.name}-{os.getpid()}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -22,8 +27,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(path, text)
 
 
 def slug(text: str, length: int = 40) -> str:

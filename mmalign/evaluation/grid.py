@@ -244,6 +244,8 @@ def _draw_cell(canvas: Image.Image, draw: ImageDraw.ImageDraw, layout: _Layout, 
         fitted = fit(image, layout.cell_w, layout.cell_h)
         if fitted.size != (layout.cell_w, layout.cell_h):
             draw.rectangle(box, fill=PLACEHOLDER)
+        # A hairline around the cell: a white picture on white paper has edges too.
+        draw.rectangle((x - 1, y - 1, x + layout.cell_w, y + layout.cell_h), outline=LINE)
         canvas.paste(fitted, (x + (layout.cell_w - fitted.width) // 2, y + (layout.cell_h - fitted.height) // 2))
     y += layout.cell_h + 8
     for score in cell.scores:

@@ -65,7 +65,7 @@ def _locate(spec: str) -> Path:
     if not path.is_file():
         raise ValueError(
             f"prompt list {spec!r} is not a file (relative paths start at {Path.cwd()}); give a file "
-            f"({', '.join(FORMATS)}) or {PREFIX}heldout"
+            f"({', '.join(FORMATS)}) or {PREFIX}attributes_heldout"
         )
     return path
 

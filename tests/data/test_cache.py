@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,30 @@ def test_damaged_entry_is_reported_and_replaced(damage, cache):
     assert same(FeatureCache(cache.folder).get(key), record)
 
 
+def test_reader_never_sees_half_an_entry(cache):
+    key, records = "ab" * 16, [{"x": torch.full((300_000,), float(n))} for n in range(2)]
+    cache.put(key, records[0])
+    stop = threading.Event()
+
+    def rewrite() -> None:
+        writer = FeatureCache(cache.folder, memory_bytes=0)
+        while not stop.is_set():
+            for record in records:
+                writer.put(key, record)
+
+    thread = threading.Thread(target=rewrite)
+    thread.start()
+    try:
+        reader = FeatureCache(cache.folder, memory_bytes=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = [reader.get(key)["x"] for _ in range(100)]
+    finally:
+        stop.set()
+        thread.join()
+    assert all(torch.equal(x, x[:1].expand(300_000)) for x in found)
+
+
 def test_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     cache = FeatureCache(tmp_path / "file")
@@ -141,6 +166,30 @@ def test_files_are_hashed_once_until_they_change(tmp_path, monkeypatch):
     assert digests == {ImageRef(content=b"first").digest()}
     (tmp_path / "a.png").write_bytes(b"another")
     assert later.digest(ref) == ImageRef(content=b"another").digest()
+
+
+def test_cells_of_tables_are_hashed_once(tmp_path, encoded, monkeypatch):
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from mmalign.data.readers import read_hub, read_parquet
+    from mmalign.data.tables import DatasetImageRef, ParquetImageRef
+
+    columns = {"prompt": ["a", "b"], "chosen": [encoded(0), encoded(1)], "rejected": [encoded(2), encoded(3)]}
+    pq.write_table(pa.table(columns), tmp_path / "p.parquet")
+    datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / "saved"))
+    for rows in (list(read_parquet(str(tmp_path / "p.parquet"))), list(read_hub(str(tmp_path / "saved")))):
+        refs = [ref for row in rows for ref in (row.chosen, row.rejected)]
+        index = DigestIndex(tmp_path / "digests")
+        expected = [ImageRef(content=encoded(seed)).digest() for seed in (0, 2, 1, 3)]
+        assert [index.digest(ref) for ref in refs] == expected
+        index.flush()
+        with monkeypatch.context() as patch:
+            for kind in (DatasetImageRef, ParquetImageRef):
+                patch.setattr(kind, "read_bytes", lambda self: pytest.fail("read again"))
+            later = DigestIndex(tmp_path / "digests")
+            assert [later.digest(ref) for ref in refs] == expected
 
 
 def test_damaged_index_is_rebuilt(tmp_path):
@@ -302,7 +351,7 @@ print(report.encoded, report.reused)
     assert [encoded + reused for encoded, reused in counts] == [total, total]
     assert sum(encoded for encoded, _ in counts) >= total
     assert len(files(cache)) == total
-    assert [path for path in cache.folder.rglob(".*")] == [], "no temporary file is left"
+    assert list(cache.folder.rglob(".*")) == [], "no temporary file is left"
     policy, config = linear_policy(), data_config(tmp_path / "pairs.jsonl", flip=True)
     image = Features(policy, config, cache, seed=0).image(ImageRef(path=tmp_path / "7.png"), "any", 0, True)
     assert policy.images == []

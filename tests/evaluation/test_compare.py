@@ -144,7 +144,7 @@ def test_an_interrupted_evaluation_continues(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="power cut"):
         evaluate(policy, settings, [], tmp_path)
     assert not (tmp_path / "report.json").exists()
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob(".tmp-*"))
     policy.fail_after = None
     report = evaluate(policy, settings, [(scorer(noise), False)], tmp_path)
     assert len(policy.painted) == 24

@@ -1,0 +1,231 @@
+"""What must not change the gradient: accumulation, batching, caching, chunking, process count. On gradients, not weights
+after Adam, which would hide a scale and amplify rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmalign import registry
+from mmalign.config import load_config
+from mmalign.data.batches import Batches, Order
+from mmalign.data.cache import FeatureCache, build_cache
+from mmalign.data.features import Features
+from mmalign.data.load import load_rows
+from mmalign.policies.load import load_policy
+from mmalign.run.preflight import PreflightError, probe
+from mmalign.run.reference import ReferenceCache, score_reference
+from mmalign.run.tracking import Meter
+from mmalign.trainers.offline import losses
+
+Gradients = dict[str, torch.Tensor]
+
+
+class Bench:
+    """One config, taken apart: policy, method, batches, and the gradients of its first step."""
+
+    def __init__(self, config: dict[str, Any], *, cache: Path | None, rank: int = 0, world_size: int = 1) -> None:
+        self.config = load_config(config).config
+        data, train = self.config.data, self.config.train
+        self.policy = load_policy(self.config.model, data=data, device="cpu", seed=train.seed)
+        self.method = registry.resolve("method", self.config.method.name)(**self.config.method.options())
+        rows = load_rows(data, seed=train.seed).rows
+        store = FeatureCache(cache) if cache else None
+        if store is not None:
+            build_cache(self.policy, rows, data, store, seed=train.seed)
+        features = Features(self.policy, data, store, seed=train.seed)
+        self.batches = Batches(
+            rows,
+            features,
+            data,
+            seed=train.seed,
+            batch_size=train.batch_size,
+            accumulate=train.accumulate,
+            num_draws=train.num_draws,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def nudge(self) -> None:
+        """Away from step 0, where a reference-based loss has symmetric gradients that could hide a fault."""
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for _, parameter in self.policy.trainable():
+                parameter.add_(3e-3 * torch.randn(parameter.shape, generator=generator))
+
+    def gradients(self, chunk: int | None = None, step: int = 1) -> Gradients:
+        train = self.config.train
+        for micro in range(train.accumulate):
+            batch = self.batches.make(self.batches.visits(step, micro))
+            for loss, _ in losses(self.policy, self.method, batch, None, chunk, Meter({}, 0), train):
+                (loss / train.accumulate).backward()
+        found = {name: parameter.grad.clone() for name, parameter in self.policy.trainable()}
+        for _, parameter in self.policy.trainable():
+            parameter.grad = None
+        return found
+
+
+def assert_same(first: Gradients, second: Gradients, tolerance: float = 1e-5) -> None:
+    """Relative to the largest gradient of all: single entries near zero carry only rounding."""
+    scale = max(float(gradient.abs().max()) for gradient in first.values())
+    assert scale > 0
+    worst = max(float((first[name] - second[name]).abs().max()) for name in first)
+    assert worst <= tolerance * scale, f"largest difference {worst:.2e}, largest gradient {scale:.2e}"
+
+
+MIXED = {"name": "preference", "losses": [{"name": "dpo", "beta": 500}, {"name": "mapo"}, {"name": "sft", "weight": 3}]}
+
+
+@pytest.fixture
+def bench(tiny: Callable, tmp_path: Path) -> Callable[..., Bench]:
+    def make(*, cached: bool = True, rank: int = 0, world_size: int = 1, **sections: Any) -> Bench:
+        config = tiny(**{"method": MIXED, **sections})
+        if "method" not in sections:
+            config["method"] = MIXED
+        found = Bench(config, cache=tmp_path / "cache" if cached else None, rank=rank, world_size=world_size)
+        found.nudge()
+        return found
+
+    return make
+
+
+@pytest.mark.parametrize("model", [{}, {"lora": {"rank": 4, "targets": "all"}}])
+def test_accumulate_4_of_2_equals_batch_8(bench, model):
+    whole = bench(model=model, train={"batch_size": 8}).gradients()
+    parts = bench(model=model, train={"batch_size": 2, "accumulate": 4}).gradients()
+    assert_same(whole, parts)
+
+
+def test_two_processes_see_what_one_sees(bench):
+    whole = bench(train={"batch_size": 8}).gradients()
+    ranks = [bench(train={"batch_size": 4}, rank=rank, world_size=2).gradients() for rank in range(2)]
+    assert_same(whole, {name: (ranks[0][name] + ranks[1][name]) / 2 for name in whole})
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("num_draws", [1, 2])
+def test_score_then_backward_equals_the_joint_pass(bench, chunk, num_draws):
+    subject = bench(train={"batch_size": 4, "num_draws": num_draws})
+    assert_same(subject.gradients(), subject.gradients(chunk=chunk))
+
+
+def test_cached_equals_uncached_with_random_crops_and_flips(bench):
+    data = {"resolution": 32, "crop": "random", "num_crops": 2, "flip": True, "prompt_dropout": 0.3}
+    cached = bench(data=data, train={"batch_size": 8}).gradients()
+    uncached = bench(cached=False, data=data, train={"batch_size": 8}).gradients()
+    assert_same(cached, uncached)
+
+
+def test_workers_change_nothing(bench):
+    alone, threaded = bench(), bench(data={"num_workers": 3})
+    for first, second in zip(alone.batches.iterate(0, 5), threaded.batches.iterate(0, 5), strict=True):
+        assert [row.id for row in first.rows] == [row.id for row in second.rows]
+        assert all(torch.equal(a["mean"], b["mean"]) for a, b in zip(first.chosen, second.chosen, strict=True))
+
+
+# --- order and draws --------------------------------------------------------------------------------------------------
+
+
+def test_each_epoch_visits_every_row_once_in_a_new_order():
+    order = Order(num_rows=10, seed=0)
+    epochs = [[order.row(position) for position in range(e * 10, e * 10 + 10)] for e in range(3)]
+    for number, epoch in enumerate(epochs):
+        assert sorted(row for row, _ in epoch) == list(range(10))
+        assert {visit for _, visit in epoch} == {number}
+    assert epochs[0] != epochs[1]
+    assert [Order(10, 0).row(p) for p in range(30)] == [place for epoch in epochs for place in epoch]
+    assert [Order(10, 1).row(p) for p in range(10)] != epochs[0]
+
+
+def test_draws_are_new_at_each_visit_and_cycle_with_a_cached_reference(bench):
+    fresh = bench(train={"num_draws": 2})
+    assert [fresh.batches.make([(3, visit)]).keys[0][0].draw for visit in range(4)] == [0, 2, 4, 6]
+    cycled = bench(train={"num_draws": 2}, data={"cache_reference": 4})
+    made = [cycled.batches.make([(3, visit)]) for visit in range(4)]
+    assert [[key.draw for key in batch.keys[0]] for batch in made] == [[0, 1], [2, 3], [0, 1], [2, 3]]
+    assert [batch.slot_B[0] for batch in made] == [(3, 0), (3, 1), (3, 0), (3, 1)]
+
+
+def test_cached_draws_must_fit_the_draws_of_a_visit(bench):
+    with pytest.raises(ValueError, match=r"cache_reference = 3: must be a multiple of train\.num_draws = 2"):
+        bench(train={"num_draws": 2}, data={"cache_reference": 3})
+
+
+def test_flip_crop_and_prompt_are_shared_by_a_pair(bench):
+    subject = bench(data={"flip": True, "crop": "random", "num_crops": 3, "resolution": 32, "prompt_dropout": 0.5})
+    flipped = dropped = 0
+    empty = subject.batches.features.prompt("")["embeds"]
+    for visit in range(12):
+        batch = subject.batches.make([(0, visit)])
+        assert torch.equal(batch.chosen[0]["size"], batch.rejected[0]["size"])
+        dropped += int(torch.equal(batch.context[0]["embeds"], empty))
+        flipped += int(subject.batches._flip(batch.rows[0], visit))
+    assert 0 < flipped < 12
+    assert 0 < dropped < 12
+
+
+# --- golden numbers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [{}, {"lora": {"rank": 4}}, {"dtype": "bf16"}, {"lora": {"rank": 4}, "dtype": "bf16"}])
+@pytest.mark.parametrize("method", [{"preset": "diffusion_dpo"}, {"preset": "mapo"}])
+def test_golden_numbers_at_step_0(tiny, tmp_path, model, method):
+    subject = Bench(tiny(model=model, method=method, train={"batch_size": 4}), cache=tmp_path / "cache")
+    batch = subject.batches.make(subject.batches.visits(0, 0))
+    reference_R = score_reference(subject.policy, subject.method, batch) if subject.method.needs_reference else None
+    found = probe(
+        subject.policy, subject.method, batch, reference_R, dtype=subject.config.model.dtype, cached=False
+    )
+    assert all(parameter.grad is None for _, parameter in subject.policy.trainable())
+    if method["preset"] == "diffusion_dpo":
+        assert found.loss == pytest.approx(0.6931471805599453, rel=1e-6)
+        assert found.implicit_accuracy == 0.5
+        assert found.score_gradient == pytest.approx(2500, rel=1e-6)
+    else:
+        assert found.golden is None
+    # Only LoRA's A factors may start without a gradient, because B = 0.
+    assert found.num_zero_gradients in (0, found.num_tensors // 2)
+
+
+@pytest.mark.parametrize("model", [{}, {"lora": {"rank": 4}}])
+def test_cached_reference_stays_within_its_bound_and_matches_fresh_scores(tiny, tmp_path, model):
+    config = tiny(model=model, data={"cache_reference": 2}, train={"batch_size": 4})
+    subject = Bench(config, cache=tmp_path / "cache")
+    make = lambda: ReferenceCache(tmp_path / "reference.safetensors", "f", num_rows=24, num_visits=2, requests_per_row=2)  # noqa: E731
+    table = make()
+    built = table.build(subject.policy, subject.method, subject.batches, batch_size=7, progress=lambda *_: None)
+    assert built == 48
+    batch = subject.batches.make(subject.batches.visits(0, 0))
+    found = probe(subject.policy, subject.method, batch, table.get(batch), dtype="fp32", cached=True)
+    assert abs(found.loss - found.golden) <= found.tolerance < 0.05
+    fresh = score_reference(subject.policy, subject.method, batch)
+    torch.testing.assert_close(table.get(batch), fresh, rtol=1e-5, atol=0)
+    again = make()
+    assert again.build(subject.policy, subject.method, subject.batches, batch_size=7, progress=lambda *_: None) == 0
+    assert torch.equal(again.table, table.table)
+
+
+def test_preflight_catches_a_reference_of_other_weights(tiny, tmp_path):
+    subject = Bench(tiny(train={"batch_size": 4}), cache=tmp_path / "cache")
+    batch = subject.batches.make(subject.batches.visits(0, 0))
+    stale_R = score_reference(subject.policy, subject.method, batch)
+    stale_R = stale_R + 1e-3 * torch.tensor([1.0, 1, 1, 1, -1, -1, -1, -1])
+    with pytest.raises(PreflightError, match=r"step-0 loss is .* expected 0\.69314718"):
+        probe(subject.policy, subject.method, batch, stale_R, dtype="fp32", cached=True)
+
+
+def test_a_loss_for_exact_likelihoods_is_refused_on_diffusion_scores(tiny, tmp_path):
+    loss = tmp_path / "my_loss.py"
+    loss.write_text("def nats(chosen_ratio_B):\n    return -chosen_ratio_B\n\nnats.accepts = ('exact',)\n")
+    method = {"name": "preference", "losses": [{"name": f"{loss}:nats"}]}
+    config = tiny(train={"batch_size": 2})
+    config["method"] = method
+    subject = Bench(config, cache=tmp_path / "cache")
+    batch = subject.batches.make(subject.batches.visits(0, 0))
+    reference_R = score_reference(subject.policy, subject.method, batch)
+    with pytest.raises(PreflightError, match="'surrogate' scores"):
+        probe(subject.policy, subject.method, batch, reference_R, dtype="fp32", cached=False)
