@@ -134,7 +134,6 @@ def read_objects(file: Path) -> Iterator[tuple[int, int, Mapping[str, Any] | Bad
             offset += len(content)
             if number == 1 and content.startswith(codecs.BOM_UTF8):
                 content = content[len(codecs.BOM_UTF8) :]
-                start += len(codecs.BOM_UTF8)
             if content.strip():
                 yield number, start, _parse_line(content, f"{file}:{number}")
 

@@ -58,7 +58,7 @@ class Policy(Protocol):
         """Named trainable parameters (fp32)."""
 
     def modules(self) -> dict[str, nn.Module]:
-        """Modules by role, for parameter counts and memory estimates."""
+        """Modules by role under the current view: for parameter counts, memory estimates and fingerprints."""
 
     def start_ema(self, config: EmaConfig) -> Any:
         """Start the moving average behind the `ema` view and return it (`step`, `shadow_params`)."""

@@ -158,7 +158,7 @@ class DiffusionPolicy:
         return {name: module for name in names if (module := getattr(self.pipe, name, None)) is not None}
 
     def modules(self) -> dict[str, nn.Module]:
-        return {"unet": self.pipe.unet, "vae": self.pipe.vae, **self.text_encoders()}
+        return {"unet": self.views.active(), "vae": self.pipe.vae, **self.text_encoders()}
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         return self.views.trainable()

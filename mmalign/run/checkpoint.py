@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class LoopState:
     pending_steps: int = 0
     stop_average: float | None = None
     reference: str = ""
+    encoders: str = ""
     data: str = ""
     config_steps: int = 0
 
@@ -72,16 +74,22 @@ def save(folder: Path, state: LoopState, trainable: Trainable, *, keep: int) -> 
                 (temporary / "scaler.json").write_text(json.dumps(trainable.scaler.state_dict()))
             (temporary / "state.json").write_text(json.dumps(asdict(state), indent=2))
     except Exception as error:  # torch, safetensors and the OS each raise their own type on a full disk
-        newest = latest(folder)
-        kept = f"the newest complete checkpoint is {newest}" if newest else "there is no earlier checkpoint"
-        free = shutil.disk_usage(folder).free / 2**20
-        raise CheckpointError(
-            f"the checkpoint of step {state.step} could not be written below {folder} ({free:.0f} MiB free): {error}; "
-            f"{kept}. Free some space and start the same command again"
-        ) from error
+        raise not_written(f"the checkpoint of step {state.step}", folder, error) from error
     for old in complete(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def not_written(what: str, checkpoints: Path, error: BaseException) -> CheckpointError:
+    """The error for a file of the run that the disk did not take: what is intact, how much room is left, what to do."""
+    newest = latest(checkpoints)
+    kept = f"the newest complete checkpoint is {newest}" if newest else "there is no complete checkpoint yet"
+    free = shutil.disk_usage(checkpoints.parent).free / 2**20
+    reason = str(error).partition("\n")[0]  # torch appends a C++ stack
+    return CheckpointError(
+        f"{what} could not be written below {checkpoints.parent} ({free:.0f} MiB free): {reason}; {kept}. "
+        f"Free some space and start the same command again"
+    )
 
 
 def complete(folder: Path) -> list[Path]:
@@ -96,14 +104,36 @@ def latest(folder: Path) -> Path | None:
 
 
 def read_state(checkpoint: Path) -> LoopState:
-    return LoopState(**json.loads((checkpoint / "state.json").read_text()))
+    """Raises `CheckpointError` if the file is damaged."""
+    with _explained(checkpoint):
+        return LoopState(**json.loads((checkpoint / "state.json").read_text()))
 
 
 def restore(checkpoint: Path, trainable: Trainable) -> LoopState:
     """Load everything back in place.
 
-    Raises `CheckpointError` if the weights do not fit the network.
+    Raises `CheckpointError` if a file is damaged or the weights do not fit the network.
     """
+    with _explained(checkpoint):
+        return _restore(checkpoint, trainable)
+
+
+@contextmanager
+def _explained(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # each format raises its own types on a damaged file
+        older = [path for path in complete(checkpoint.parent) if path != checkpoint]
+        goes_on = f"continue from {older[-1]}" if older else "start anew"
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{checkpoint} is damaged ({type(error).__name__}: {reason}). Delete this folder to {goes_on}"
+        ) from error
+
+
+def _restore(checkpoint: Path, trainable: Trainable) -> LoopState:
     tensors = load_file(checkpoint / "weights.safetensors")
     names = [name for name, _ in trainable.parameters]
     if set(tensors) != set(names):

@@ -42,14 +42,16 @@ def compare(
     entries = [("base", base_model(config.model))]
     if tuned is not None:
         entries.append((Path(run).name, tuned))
-    entries += [(Path(other).name or other, other_model(config, other)) for other in vs]
+    for other in vs:
+        taken = [label for label, _ in entries]
+        entries.append((unique(Path(other).name or other, taken), other_model(config, other)))
     if len(entries) < 2:
         raise ConfigError(
             f"{run!r} is a config: nothing to compare its base model with. Give a run folder or --vs MODEL"
         )
     chosen = config.evaluate.prompts if prompts is None else prompts
     if chosen is None:
-        raise ConfigError("no prompts: give --prompts FILE (or builtin:heldout)")
+        raise ConfigError("no prompts: give --prompts FILE (or builtin:attributes_heldout)")
     evaluate = EvaluateConfig(
         prompts=chosen,
         limit=limit or (config.evaluate.limit if prompts is None else None),
@@ -116,3 +118,11 @@ def other_model(config: Config, spec: str) -> ModelConfig:
     if path.suffix == ".safetensors" or (path / "pytorch_lora_weights.safetensors").is_file():
         return base_model(config.model).model_copy(update={"adapters": [*config.model.adapters, spec]})
     return base_model(config.model).model_copy(update={"path": spec, "adapters": [], "revision": None, "variant": None})
+
+
+def unique(label: str, taken: Sequence[str]) -> str:
+    """`label`, or `label (2)` and so on."""
+    number, name = 2, label
+    while name in taken:
+        name, number = f"{label} ({number})", number + 1
+    return name

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from mmalign import attention, registry
 from mmalign.config import Config, load_config
-from mmalign.data.audit import audit_rows
+from mmalign.data.audit import check_data as audit_data
 from mmalign.data.batches import Batches
 from mmalign.data.cache import FeatureCache, build_cache, cache_folder
 from mmalign.data.features import Features
@@ -74,10 +74,10 @@ def attention_backends() -> dict[str, dict[str, Any]]:
 def examine_config(config: Config, console: Console) -> tuple[dict[str, Any], list[str]]:
     """Golden numbers on the config's own first batch, memory by part, data audit."""
     problems: list[str] = []
-    row_set = load_rows(config.data, seed=config.train.seed)
-    audit = audit_rows(row_set.rows, resolution=config.data.resolution)
-    problems += [f"data: {problem}" for problem in audit.errors]
     policy = load_policy(config.model, data=config.data, seed=config.train.seed)
+    audit = audit_data(config.data, resolution=policy.resolution)
+    problems += [f"data: {f.count} rows {f.meaning}" for f in audit.findings if f.severity == "error"]
+    row_set = load_rows(config.data, seed=config.train.seed)
     method = registry.resolve("method", config.method.name)(**config.method.options())
     features = Features(policy, config.data, None, seed=config.train.seed)
     batches = Batches(
@@ -177,26 +177,23 @@ def show(console: Console, findings: dict[str, Any]) -> None:
             )
         console.print(table)
         for line in config["golden"]:
-            console.print(f"golden: {line}", highlight=False)
-        console.print(f"data: {json.dumps(config['data'].get('counts', {}))}", highlight=False)
+            console.print(f"golden: {line}", highlight=False, soft_wrap=True)
+        counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in config["data"]["counts"].items())
+        console.print(f"data: {counts}", highlight=False, soft_wrap=True)
     for problem in findings["problems"]:
-        console.print(f"[red]problem[/] {problem}", highlight=False)
+        console.print(f"[red]problem[/] {problem}", highlight=False, soft_wrap=True)
     if not findings["problems"]:
         console.print("no problems found")
 
 
 def check_data(source: str, overrides: Sequence[str], out: Path) -> int:
-    """Audit a config's rows; prints a table and writes `out`. Returns 1 if something would stop training."""
-    config = load_config(source, overrides).config
-    bad_rows = out.parent / "bad_rows.jsonl" if config.data.on_bad_row == "skip" else None
-    row_set = load_rows(config.data, seed=config.train.seed, bad_rows_path=bad_rows)
-    audit = audit_rows(row_set.rows, resolution=config.data.resolution)
+    """Audit a config's data; prints a table and writes `out`. Returns 1 if something would stop training."""
+    audit = audit_data(load_config(source, overrides).config.data)
     console = Console()
-    console.print(", ".join(f"{value} {name.replace('_', ' ')}" for name, value in row_set.counts.items()))
-    console.print(audit)
+    console.print(audit.to_table())
     write_text(out, audit.to_json())
     console.print(f"  {out}", highlight=False, soft_wrap=True)
-    return 1 if audit.errors else 0
+    return 1 if audit.has_errors else 0
 
 
 def cache_data(source: str, overrides: Sequence[str]) -> None:

@@ -9,19 +9,23 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mmalign import registry
 from mmalign.config import Config, LoadedConfig, load_config
+
+WIDE = 140  # columns from which the meaning of each key fits beside it
 
 
 def explain(source: str, overrides: Sequence[str]) -> None:
     """Print every value with its origin and unit documentation, then the path from the command to the loss."""
     loaded = load_config(source, overrides)
     console = Console()
-    table = Table("key", "value", "from", "meaning", box=None, header_style="bold")
+    wide = console.width >= WIDE
+    table = Table("key", "value", "from", *(["meaning"] if wide else []), box=None, header_style="bold")
     for key, value, origin in loaded.values():
-        style = "dim" if origin == "default" else ""
-        table.add_row(key, repr(value), origin, first_sentence(documentation(key)), style=style)
+        cells = [key, repr(value), origin, *([first_sentence(documentation(key))] if wide else [])]
+        table.add_row(*map(Text, cells), style="dim" if origin == "default" else "")
     console.print(table)
     console.print("\n[bold]path through the code[/]")
     for label, place in code_path(loaded):

@@ -68,8 +68,14 @@ class RunFolder:
         self._made = not self.path.is_dir()
         self._begun = used
         if is_main:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._take_lock()
+            except OSError as error:
+                raise ConfigError(
+                    f"output_dir {str(self.path)!r} cannot be written: {error.strerror or error}. "
+                    f"Give a folder on a disk you may write to"
+                ) from error
             atomic.remove_temporary(self.path)
             if self.checkpoints.is_dir():
                 atomic.remove_temporary(self.checkpoints)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ def draw_preview(policy: Any, config: EvaluateConfig, view: View, path: Path, la
     prompts = read_prompts(config.prompts, config.preview_prompts)
     guidance = config.guidance_scale[0] if config.guidance_scale else policy.default_guidance_scale
     num_steps = config.num_steps or policy.default_num_steps
+    settings = f"{guidance}\x1f{num_steps}\x1f{policy.resolution}"
+    kept = [path.parent / f"base_{_short_hash(prompt, settings)}.png" for prompt in prompts]
     columns = []
     for name, shown in (("base", "reference"), (label, view)):
-        kept = [path.parent / f"base_{index}.png" for index in range(len(prompts))]
         if name == "base" and all(file.is_file() for file in kept):
             columns.append(Column(name, [Cell(file) for file in kept]))
             continue
@@ -31,3 +33,7 @@ def draw_preview(policy: Any, config: EvaluateConfig, view: View, path: Path, la
                 sample.image.save(file)
         columns.append(Column(name, [Cell(sample.image) for sample in samples]))
     save_grid(path, prompts, columns, title=label, lines=[f"guidance {guidance:g}, {num_steps} steps"])
+
+
+def _short_hash(*parts: str) -> str:
+    return hashlib.blake2b("\x1e".join(parts).encode(), digest_size=6).hexdigest()

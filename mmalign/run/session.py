@@ -5,6 +5,7 @@ The loop calls these in order and keeps the steps visible; nothing here computes
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ from mmalign.data.batches import Batches
 from mmalign.data.cache import FeatureCache, build_cache, cache_folder
 from mmalign.data.features import Features
 from mmalign.data.load import drop_bad, load_rows, verify_images
-from mmalign.evaluation.compare import evaluate
+from mmalign.evaluation.compare import evaluate, read_prompts
 from mmalign.policies.load import load_policy
 from mmalign.reward import load_rewards
 from mmalign.run import atomic, checkpoint, optim
@@ -38,6 +39,7 @@ from mmalign.run.signals import Interruption
 from mmalign.run.tracking import Bar, Meter, Tracker, check_finite
 
 logger = logging.getLogger("mmalign")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Session:
@@ -72,12 +74,20 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        if self.tracker is not None:
-            self.tracker.close()
+        problem = error
+        try:
+            if self._bar is not None:
+                self._bar.close()
+            if self.tracker is not None:
+                self.tracker.close()
+        except OSError as closing:  # on a full disk; what ended the run matters more
+            problem = problem or closing
+        if isinstance(problem, OSError) and problem.errno in DISK_FULL:
+            problem = checkpoint.not_written("a file of the run", self.folder.checkpoints, problem)
         self.interruption.__exit__(kind, error, trace)
         self.folder.close()
+        if problem is not None and problem is not error:
+            raise problem from error
 
     @property
     def should_stop(self) -> bool:
@@ -86,8 +96,10 @@ class Session:
     # -- set-up ------------------------------------------------------------------------------------------------------
 
     def load_policy(self) -> Any:
+        config = self.config
+        if config.evaluate.prompts is not None:
+            read_prompts(config.evaluate.prompts, config.evaluate.limit)  # a bad list should not cost a training
         with self.phase("load"):
-            config = self.config
             policy = load_policy(config.model, data=config.data, device=self.accelerator.device, seed=config.train.seed)
         trained = sum(parameter.numel() for _, parameter in policy.trainable())
         total = sum(p.numel() for module in policy.modules().values() for p in module.parameters())
@@ -186,10 +198,11 @@ class Session:
         self.scheduler = optim.make_scheduler(config.train, self.optimizer)
         if config.train.ema is not None:
             self.ema = policy.start_ema(config.train.ema)
-        state = LoopState(reference=self._reference_fingerprint, data=self._data_fingerprint)
+        encoders = f"{policy.encode_key('image')} {policy.encode_key('prompt')}"
+        state = LoopState(reference=self._reference_fingerprint, encoders=encoders, data=self._data_fingerprint)
         newest = checkpoint.latest(self.folder.checkpoints)
         if newest is not None:
-            self._check_belongs(checkpoint.read_state(newest), newest)
+            self._check_belongs(checkpoint.read_state(newest), state, newest)
             state = checkpoint.restore(newest, self._trainable(policy))
             self.seconds = {**state.seconds, **self.seconds}
             self.say(f"resumed from {newest} (step {state.step} of {config.train.steps})")
@@ -200,10 +213,11 @@ class Session:
             self.tracker = Tracker(self.folder.path, config.run.tracker, dump(config), resumed_at=state.step)
         return state
 
-    def _check_belongs(self, state: LoopState, newest: Path) -> None:
+    def _check_belongs(self, saved: LoopState, now: LoopState, newest: Path) -> None:
         for what, found, expected in (
-            ("base model's weights", state.reference, self._reference_fingerprint),
-            ("training data", state.data, self._data_fingerprint),
+            ("base model's weights", saved.reference, now.reference),
+            ("frozen encoders", saved.encoders, now.encoders),
+            ("training data", saved.data, now.data),
         ):
             if found != expected:
                 raise checkpoint.CheckpointError(
@@ -322,17 +336,21 @@ class Session:
             return self._summarise(state, "interrupted")
         self.accelerator.wait_for_everyone()
         if self.is_main:
-            with (
-                self.phase("export"),
-                policy.view(self.trained_view),
-                atomic.atomic_folder(self.folder.path / "final") as temporary,
-            ):
-                policy.export(temporary)
+            self.export(policy)
             self.evaluate(policy, state)
         self.accelerator.wait_for_everyone()
         result = self._summarise(state, "stopped" if self.stopped_by_rule else "finished")
         self._say_finished(result)
         return result
+
+    def export(self, policy: Any) -> None:
+        """Write `final/` in the field's format."""
+        final = self.folder.path / "final"
+        try:
+            with self.phase("export"), policy.view(self.trained_view), atomic.atomic_folder(final) as temporary:
+                policy.export(temporary)
+        except Exception as error:  # every format raises its own type on a full disk
+            raise checkpoint.not_written("final/ (training is complete)", self.folder.checkpoints, error) from error
 
     def evaluate(self, policy: Any, state: LoopState) -> None:
         config = self.config.evaluate

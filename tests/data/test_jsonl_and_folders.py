@@ -110,12 +110,12 @@ def test_ids_do_not_depend_on_the_order_or_the_folder(media, tmp_path):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (b'{"prompt": "caf\xe9"}', "not UTF-8: byte 0xe9 at position 15"),
+        (b'{"prompt": "h\xf4tel"}', "not UTF-8: byte 0xf4 at position 13"),
         (b'{"prompt": "x",}', "not valid JSON: .* at column 1[56]"),
         (b'["x"]', "expected a JSON object per line, found list"),
         (
-            b'{"promt": "x", "chosen": "images/0.png", "rejected": "images/1.png"}',
-            r"no column 'prompt' \(did you mean 'promt'\?\)",
+            b'{"prompts": "x", "chosen": "images/0.png", "rejected": "images/1.png"}',
+            r"no column 'prompt' \(did you mean 'prompts'\?\)",
         ),
         (b'{"prompt": "x", "chosen": "images/0.png", "reject": "images/1.png"}', "no column 'rejected'.*'reject'"),
         (
@@ -232,7 +232,7 @@ def test_each_bad_pair_is_named(folders, encoded):
     for side in ("w", "l"):
         (folders / side / "cat.png").write_bytes(encoded(7 + (side == "l")))
         (folders / side / "hen.png").write_bytes(encoded(17 + (side == "l")))
-        (folders / side / "hen.txt").write_bytes(b"caf\xe9")
+        (folders / side / "hen.txt").write_bytes(b"h\xf4tel")
     bad = [item for item in read_folders(str(folders)) if isinstance(item, BadRow)]
     reasons = {Path(item.source.split(":")[-1]).name: item.reason for item in bad}
     assert "has no partner in" in reasons["owl"]
@@ -260,7 +260,7 @@ def test_absent_folder_says_what_is_there(folders):
     ("name", "content", "says"),
     [
         ("prompts.csv", b"name,text2\nfox,A\n", "needs one of the columns prompt, caption, text; found name, text2"),
-        ("prompts.csv", b"name,prompt\nfox,caf\xe9\n", "not UTF-8"),
+        ("prompts.csv", b"name,prompt\nfox,h\xf4tel\n", "not UTF-8"),
         ("prompts.jsonl", b'{"name": "fox"\n', "prompts.jsonl:1: not valid JSON"),
         ("prompts.csv", b"name,prompt\nfox,A\nfox,B\n", "a second prompt for 'fox'"),
     ],

@@ -33,7 +33,7 @@ def test_options_reach_the_drawing(data_config):
 @pytest.mark.parametrize(
     ("path", "options", "says"),
     [
-        ("builtin:syntetic", {}, r"no bundled data set 'builtin:syntetic' \(did you mean 'builtin:synthetic'\?\)"),
+        ("builtin:synth", {}, r"no bundled data set 'builtin:synth' \(did you mean 'builtin:synthetic'\?\)"),
         ("builtin:synthetic", {"num_pairs": 0}, "num_pairs 0 is out of range"),
         ("builtin:synthetic", {"tier": "colours"}, "option 'tier'"),
         ("builtin:synthetic", {"pairs_kind": "x"}, "has no option 'pairs_kind'"),

@@ -118,8 +118,8 @@ def test_names_numbers_ids_and_kept_columns(tmp_path, pair_columns):
     ("options", "says"),
     [
         (
-            {"prompt_column": "promt"},
-            r"no column 'promt' \(did you mean 'prompt'\?\). Columns: prompt, chosen, rejected",
+            {"prompt_column": "prompts"},
+            r"no column 'prompts' \(did you mean 'prompt'\?\). Columns: prompt, chosen, rejected",
         ),
         ({"rejected_column": "loser"}, "no column 'loser'"),
         ({"columns": ["model"]}, "no column 'model'"),

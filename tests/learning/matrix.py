@@ -1,0 +1,187 @@
+"""The learning matrix: every recipe on every seed, judged by the exact scorer on prompts no training saw.
+
+    python tests/learning/matrix.py --split heldout --seeds 0 1 2 --save     # what `make test-learning` runs
+    python tests/learning/matrix.py --split dev --only dpo_full --seeds 0 train.learning_rate=1e-4
+
+Settings are chosen on the dev split; held-out is scored once. Headline: graded win rate (mean soft sub-score, ties ½);
+beside it the win rate on the number of right attributes and the share of images with all attributes right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import mmalign
+from mmalign.evaluation.statistics import seed_matrix, wins
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).with_name("results.json")
+MEASURES = ("graded", "fraction", "all_right")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A shipped config, changed by overrides; `claim` says what its graded win rate must show."""
+
+    config: str
+    overrides: tuple[str, ...] = ()
+    claim: str = ""
+
+
+RECIPES = {
+    "dpo_full": Recipe("synthetic/sdxl_diffusion_dpo_full.yaml", (), "better"),
+    "dpo_full_swapped": Recipe("synthetic/sdxl_diffusion_dpo_full.yaml", ("data.swap=true",), "worse"),
+    "dpo_full_shuffled": Recipe("synthetic/sdxl_diffusion_dpo_full.yaml", ("data.label_noise=0.5",), "same"),
+    "dpo_lora": Recipe("synthetic/sdxl_diffusion_dpo_lora.yaml", (), "better"),
+    "mapo_full": Recipe("synthetic/sdxl_mapo_full.yaml", (), "better"),
+    "mapo_full_swapped": Recipe("synthetic/sdxl_mapo_full.yaml", ("data.swap=true",), "worse"),
+    "mapo_lora": Recipe("synthetic/sdxl_mapo_lora.yaml", (), "better"),
+    "sft_full": Recipe("synthetic/sdxl_mapo_full.yaml", ("method.preset=sft",), "control"),
+}
+
+
+def train(recipe: Recipe, *, seed: int, split: str, folder: Path, extra: tuple[str, ...] = ()) -> Path:
+    """Train and evaluate one recipe; returns the run folder."""
+    overrides = [
+        *recipe.overrides,
+        f"train.seed={seed}",
+        f"data.options.seed={seed}",
+        f"evaluate.prompts=builtin:attributes_{split}",
+        "evaluate.held_out=[]",
+        "checkpoint.every=null",
+        "run.tracker=none",
+        f"output_dir={folder}",
+        *extra,
+    ]
+    return mmalign.train(recipe.config, overrides).folder
+
+
+def scores(run: Path) -> dict[tuple[str, float], dict[str, np.ndarray]]:
+    """(measure, guidance scale) -> {"base": [P, S], "tuned": [P, S]} from the run's scores.jsonl."""
+    cells: dict[tuple[str, float], dict[str, dict[tuple[str, int], float]]] = {}
+    for line in (run / "scores.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        for measure in MEASURES:
+            value = record["scores"][f"synthetic_truth.{measure}"]
+            key = (measure, float(record["guidance_scale"]))
+            cells.setdefault(key, {}).setdefault(record["label"], {})[record["prompt"], record["seed"]] = value
+    found = {}
+    for key, labels in cells.items():
+        order = sorted(labels["base"])
+        num_seeds = len({seed for _, seed in order})
+        found[key] = {
+            label: np.array([float(values[place]) for place in order]).reshape(-1, num_seeds)
+            for label, values in labels.items()
+        }
+    return found
+
+
+def summarise(runs: list[Path]) -> dict[str, Any]:
+    """Over training seeds: win rates with intervals (bootstrap over prompts of the mean over seeds) and shares."""
+    per_seed = [scores(run) for run in runs]
+    table: dict[str, Any] = {}
+    for measure, guidance in per_seed[0]:
+        both = [found[measure, guidance] for found in per_seed]
+        matrix = seed_matrix(np.stack([wins(one["base"], one["tuned"]) for one in both]))
+        table[f"{measure}@g{guidance:g}"] = {
+            "win_rate": round(matrix.mean, 4),
+            "interval": [round(edge, 4) for edge in matrix.interval],
+            "per_seed": [round(value, 4) for value in matrix.per_seed],
+            "base": round(float(np.mean([one["base"].mean() for one in both])), 4),
+            "tuned": round(float(np.mean([one["tuned"].mean() for one in both])), 4),
+        }
+    steps = [json.loads((run / "summary.json").read_text())["steps"] for run in runs]
+    last = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]) for run in runs]
+    watched = ("chosen_error_delta", "implicit_accuracy")
+    table["steps"] = steps
+    table["last_metrics"] = [{name: metrics[name] for name in watched if name in metrics} for metrics in last]
+    return table
+
+
+def difference(first: list[Path], second: list[Path], measure: str, guidance: float) -> dict[str, Any]:
+    """Win rate of `first` over the base minus that of `second`, paired by prompt, image seed and training seed."""
+    pairs = [[scores(run)[measure, guidance] for run in runs] for runs in (first, second)]
+    values = [wins(a["base"], a["tuned"]) - wins(b["base"], b["tuned"]) for a, b in zip(*pairs, strict=True)]
+    matrix = seed_matrix(np.stack(values))
+    return {
+        "difference": round(matrix.mean, 4),
+        "interval": [round(edge, 4) for edge in matrix.interval],
+        "per_seed": [round(value, 4) for value in matrix.per_seed],
+    }
+
+
+def show(name: str, table: dict[str, Any]) -> None:
+    for key, row in table.items():
+        if isinstance(row, dict):
+            low, high = row["interval"]
+            seeds = " ".join(f"{value:.3f}" for value in row["per_seed"])
+            print(
+                f"{name:<20} {key:<15} win {row['win_rate']:.3f} [{low:.3f}, {high:.3f}]  seeds {seeds}  "
+                f"mean {row['base']:.3f} -> {row['tuned']:.3f}",
+                flush=True,
+            )
+    print(f"{name:<20} steps {table['steps']} last {table['last_metrics']}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--split", choices=["dev", "heldout"], default="dev")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=sorted(RECIPES), default=list(RECIPES))
+    parser.add_argument("--save", action="store_true", help="write results.json beside this file")
+    parser.add_argument("--keep", type=Path, help="keep the run folders here (and reuse finished ones)")
+    parser.add_argument("overrides", nargs="*", help="key=value for every recipe")
+    options = parser.parse_args()
+    started = time.monotonic()
+    folder = options.keep or Path(tempfile.mkdtemp(prefix="mmalign-learning-"))
+    results: dict[str, Any] = {}
+    runs: dict[str, list[Path]] = {}
+    for name in options.only:
+        runs[name] = [
+            train(
+                RECIPES[name],
+                seed=seed,
+                split=options.split,
+                folder=folder / f"{name}-{seed}",
+                extra=tuple(options.overrides),
+            )
+            for seed in options.seeds
+        ]
+        results[name] = {"claim": RECIPES[name].claim, **summarise(runs[name])}
+        show(name, {key: value for key, value in results[name].items() if key != "claim"})
+    if {"mapo_full", "sft_full"} <= runs.keys():
+        scales = sorted({guidance for _, guidance in scores(runs["mapo_full"][0])})
+        results["mapo_minus_sft"] = {
+            f"graded@g{g:g}": difference(runs["mapo_full"], runs["sft_full"], "graded", g) for g in scales
+        }
+        print("mapo minus sft", json.dumps(results["mapo_minus_sft"]), flush=True)
+    record = {
+        "command": " ".join(["python", "tests/learning/matrix.py", *sys.argv[1:]]),
+        "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""),
+        "split": options.split,
+        "seeds": options.seeds,
+        "seconds": round(time.monotonic() - started),
+        "results": results,
+    }
+    if options.save:
+        RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"written: {RESULTS.relative_to(ROOT)}")
+    return 0
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
