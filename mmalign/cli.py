@@ -73,7 +73,9 @@ def grid(
     vs: Annotated[
         list[str] | None, typer.Option(help="Another run, pipeline folder, hub id or LoRA; repeatable.")
     ] = None,
-    prompts: Annotated[str | None, typer.Option(help="Prompt file or builtin:attributes_heldout. Default: the run's own.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Prompt file or builtin:attributes_heldout. Default: the run's own.")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 4,
     rewards: Annotated[str | None, typer.Option(help="Comma-separated rewards. Default: the run's own.")] = None,
     guidance: Annotated[str | None, typer.Option(help="Comma-separated guidance scales.")] = None,

@@ -30,7 +30,7 @@ class Section(BaseModel):
 class LoraConfig(Section):
     rank: int = Field(8, ge=1)
     """Rank r of the update BA."""
-    alpha: float | None = Field(None, gt=0)
+    alpha: int | None = Field(None, ge=1)
     """Scale of the update, alpha/r. Default: equal to the rank, i.e. scale 1 (as published DPO and MaPO scripts)."""
     targets: Literal["attention", "all"] | list[str] = "attention"
     """`attention`: q, k, v and output projections (published); `all`: every linear and conv layer except the input
@@ -466,15 +466,19 @@ def _check_plugins(config: Config) -> None:
 
     if not config.method.name:
         raise ConfigError(f"method: give a `preset` or a `name`. Methods: {', '.join(registry.names('method'))}")
-    checks = [("method", config.method.name, config.method.options())]
     sections = [config.rewards, config.evaluate.rewards, config.evaluate.held_out]
-    checks += [("reward", reward.name, reward.options()) for section in sections for reward in section]
-    if config.data.format != "auto":
-        checks.append(("reader", config.data.format, dict(config.data.options)))
     try:
         registry.resolve("family", config.model.family)
-        for kind, name, options in checks:
-            registry.check_options(kind, name, registry.resolve(kind, name), options)
+        method = registry.resolve("method", config.method.name)
+        options = config.method.options()
+        registry.check_options("method", config.method.name, method, options, beside=("preset", "name"))
+        method(**options)  # a method is its settings alone; losses inside are checked here
+        for reward in (reward for section in sections for reward in section):
+            found = registry.resolve("reward", reward.name)
+            registry.check_options("reward", reward.name, found, reward.options(), beside=("name",))
+        if config.data.format != "auto":
+            reader = registry.resolve("reader", config.data.format)
+            registry.check_options("reader", config.data.format, reader, dict(config.data.options))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

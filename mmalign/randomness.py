@@ -7,6 +7,8 @@ continues exactly, and a cached reference score belongs to the very noise it was
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -41,3 +43,16 @@ def stratified_uniform(seed: int, purpose: str, identity: str, draw: int) -> flo
     [0, 1) with gaps of order 1/n whatever n is (no stratum count to choose).
     """
     return (uniform(seed, purpose, identity) + draw * GOLDEN_RATIO_FRACTION) % 1.0
+
+
+@contextmanager
+def global_seed(seed: int, purpose: str, identity: str) -> Iterator[None]:
+    """Seed torch's global CPU generator inside the block, for libraries that take none (PEFT's initialisation)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(seed, purpose, identity))
+        yield
+
+
+def seed_process(seed: int, rank: int) -> None:
+    """Seed what a user's plug-in may draw from globally. Nothing of ours does."""
+    torch.manual_seed(key(seed, "process", "", rank))

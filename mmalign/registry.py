@@ -108,7 +108,9 @@ def _load_file(kind: str, path: Path) -> Any:
         del sys.modules[name]
         if isinstance(error, Exception):
             line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
-            raise ValueError(f"{kind} file {str(path)!r}{line} cannot be loaded: {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"{kind} file {str(path)!r}{line} cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
         raise
     return module
 
@@ -134,8 +136,12 @@ def options_model(function: Callable[..., Any]) -> type[BaseModel]:
     return create_model(getattr(function, "__name__", "Options"), __config__=config, **fields)
 
 
-def check_options(kind: str, spec: str, function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+def check_options(
+    kind: str, spec: str, function: Callable[..., Any], options: dict[str, Any], *, beside: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """`options` validated against the keyword-only parameters of `function`, defaults filled in.
+
+    `beside` are the section's own keys, which a typo may have meant.
 
     Raises `ValueError` naming the option, what is allowed and the nearest valid name.
     """
@@ -143,9 +149,8 @@ def check_options(kind: str, spec: str, function: Callable[..., Any], options: d
     for name in options:
         if name not in model.model_fields:
             allowed = ", ".join(sorted(model.model_fields)) or "none"
-            raise ValueError(
-                f"{kind} {spec!r} has no option {name!r}{nearest(name, model.model_fields)}. Options: {allowed}"
-            )
+            known = [*beside, *model.model_fields]
+            raise ValueError(f"{kind} {spec!r} has no option {name!r}{nearest(name, known)}. Options: {allowed}")
     try:
         filled = model(**options)
     except ValidationError as error:

@@ -166,8 +166,7 @@ def add_lora(network: Any, lora: LoraConfig, *, seed: int, untouched: Sequence[s
     config = PeftLoraConfig(
         r=lora.rank, lora_alpha=lora.alpha or lora.rank, init_lora_weights="gaussian", target_modules=targets
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(randomness.key(seed, "lora", ADAPTER))
+    with randomness.global_seed(seed, "lora", ADAPTER):
         try:
             network.add_adapter(config, adapter_name=ADAPTER)
         except ValueError as error:

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mmalign import randomness, registry
@@ -192,7 +193,7 @@ class Session:
     def restore(self, policy: Any) -> LoopState:
         """Optimizer, schedule and EMA; then the newest complete checkpoint, if there is one."""
         config = self.config
-        torch.manual_seed(randomness.key(config.train.seed, "process", "", self.accelerator.process_index))
+        randomness.seed_process(config.train.seed, self.accelerator.process_index)
         parameters = [parameter for _, parameter in policy.trainable()]
         self.optimizer = self.accelerator.prepare(optim.make_optimizer(config.train, parameters, policy.device))
         self.scheduler = optim.make_scheduler(config.train, self.optimizer)
@@ -205,6 +206,8 @@ class Session:
             self._check_belongs(checkpoint.read_state(newest), state, newest)
             state = checkpoint.restore(newest, self._trainable(policy))
             self.seconds = {**state.seconds, **self.seconds}
+            rule = config.train.stop
+            self.stopped_by_rule = bool(rule and state.stop_average is not None and state.stop_average > rule.above)
             self.say(f"resumed from {newest} (step {state.step} of {config.train.steps})")
         if self.accelerator.num_processes > 1:
             policy.denoiser = self.accelerator.prepare(policy.denoiser)
@@ -349,7 +352,7 @@ class Session:
         try:
             with self.phase("export"), policy.view(self.trained_view), atomic.atomic_folder(final) as temporary:
                 policy.export(temporary)
-        except Exception as error:  # every format raises its own type on a full disk
+        except (OSError, RuntimeError, SafetensorError) as error:  # each format has its own type for a full disk
             raise checkpoint.not_written("final/ (training is complete)", self.folder.checkpoints, error) from error
 
     def evaluate(self, policy: Any, state: LoopState) -> None:

@@ -139,7 +139,7 @@ class Bar:
     def __init__(self, console: Console, title: str, total: int, done: int, *, enabled: bool = True) -> None:
         self.console, self.title, self.total, self.done = console, title, total, done
         self._first, self._started, self._printed = done, time.monotonic(), time.monotonic()
-        self._enabled = enabled
+        self._enabled, self._text = enabled, ""
         self._progress: Progress | None = None
         if enabled and console.is_terminal:
             columns = (
@@ -157,8 +157,8 @@ class Bar:
     def update(self, done: int, text: str = "") -> None:
         self.done = done
         if self._progress is not None:
-            fields = {"text": text} if text else {}
-            self._progress.update(self._task, completed=done, **fields)
+            self._text = text or self._text
+            self._progress.update(self._task, completed=done, text=self._text)
         elif self._enabled and (time.monotonic() - self._printed > self.SECONDS_BETWEEN_LINES or done == self.total):
             self._printed = time.monotonic()
             rate = (done - self._first) / max(self._printed - self._started, 1e-9)

@@ -153,7 +153,9 @@ def test_epsilon_error_is_alpha_squared_times_v_error():
     noisy = schedule.noised(x0, noise, t)
     epsilon_of_guess = alpha * guess + sigma * noisy
     v_error = squared_error(guess, schedule.target(x0, noise, t))
-    torch.testing.assert_close(squared_error(epsilon_of_guess, noise), alpha.flatten() ** 2 * v_error, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        squared_error(epsilon_of_guess, noise), alpha.flatten() ** 2 * v_error, rtol=1e-3, atol=1e-6
+    )
 
 
 def test_video_errors_reduce_to_one_number_per_sample():

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmalign.rewards.aesthetic import LAYOUTS, affine, build_head, head_range, read_head
-from mmalign.rewards.clip_model import load_clip
 from safetensors.torch import save_file
 from torch import nn
 
 from mmalign.config import RewardConfig
 from mmalign.reward import load_reward
+from mmalign.rewards.aesthetic import LAYOUTS, affine, build_head, head_range, read_head
+from mmalign.rewards.clip_model import load_clip
 
 LINEAR, RELU = (0, 2, 4, 6, 7), (0, 3, 6, 9, 11)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmalign.rewards.clip_model import embedding, load_clip, weights_digest
 from PIL import Image
 
 from mmalign.config import RewardConfig
 from mmalign.reward import load_reward
+from mmalign.rewards.clip_model import embedding, load_clip, weights_digest
 
 LONG = "a large red circle on a white background " * 20
 

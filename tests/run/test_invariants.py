@@ -171,15 +171,15 @@ def test_flip_crop_and_prompt_are_shared_by_a_pair(bench):
 # --- golden numbers ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", [{}, {"lora": {"rank": 4}}, {"dtype": "bf16"}, {"lora": {"rank": 4}, "dtype": "bf16"}])
+@pytest.mark.parametrize(
+    "model", [{}, {"lora": {"rank": 4}}, {"dtype": "bf16"}, {"lora": {"rank": 4}, "dtype": "bf16"}]
+)
 @pytest.mark.parametrize("method", [{"preset": "diffusion_dpo"}, {"preset": "mapo"}])
 def test_golden_numbers_at_step_0(tiny, tmp_path, model, method):
     subject = Bench(tiny(model=model, method=method, train={"batch_size": 4}), cache=tmp_path / "cache")
     batch = subject.batches.make(subject.batches.visits(0, 0))
     reference_R = score_reference(subject.policy, subject.method, batch) if subject.method.needs_reference else None
-    found = probe(
-        subject.policy, subject.method, batch, reference_R, dtype=subject.config.model.dtype, cached=False
-    )
+    found = probe(subject.policy, subject.method, batch, reference_R, dtype=subject.config.model.dtype, cached=False)
     assert all(parameter.grad is None for _, parameter in subject.policy.trainable())
     if method["preset"] == "diffusion_dpo":
         assert found.loss == pytest.approx(0.6931471805599453, rel=1e-6)
@@ -195,7 +195,11 @@ def test_golden_numbers_at_step_0(tiny, tmp_path, model, method):
 def test_cached_reference_stays_within_its_bound_and_matches_fresh_scores(tiny, tmp_path, model):
     config = tiny(model=model, data={"cache_reference": 2}, train={"batch_size": 4})
     subject = Bench(config, cache=tmp_path / "cache")
-    make = lambda: ReferenceCache(tmp_path / "reference.safetensors", "f", num_rows=24, num_visits=2, requests_per_row=2)  # noqa: E731
+
+    def make() -> ReferenceCache:
+        path = tmp_path / "reference.safetensors"
+        return ReferenceCache(path, "f", num_rows=24, num_visits=2, requests_per_row=2)
+
     table = make()
     built = table.build(subject.policy, subject.method, subject.batches, batch_size=7, progress=lambda *_: None)
     assert built == 48
