@@ -163,16 +163,12 @@ def measure(size: Size, folder: Path, variants: tuple[str, ...]) -> tuple[list[R
     return results, counts
 
 
-def predictions(variants: tuple[str, ...], resolution: int = SDXL_RESOLUTION) -> dict[str, PairFlops]:
-    """The FLOPs of the real SDXL."""
-    return {variant: sdxl_pair_flops(resolution, lora=variant == "lora") for variant in variants}
-
-
-def describe(found: dict[str, PairFlops], resolution: int = SDXL_RESOLUTION) -> list[str]:
+def predictions() -> list[str]:
+    """What the FLOPs of the real SDXL say."""
     return [
-        f"SDXL at {resolution} px, {variant}, no checkpointing: {count.unet / 1e12:.1f} + {count.vae / 1e12:.1f} + "
+        f"SDXL at {SDXL_RESOLUTION} px, {variant}, no checkpointing: {count.unet / 1e12:.1f} + {count.vae / 1e12:.1f} + "
         f"{count.text / 1e12:.2f} TFLOP per pair, UNet : VAE : text {count.shares}, predicts {count.speedup:.3f}"
-        for variant, count in found.items()
+        for variant, count in sdxl_pair_flops(SDXL_RESOLUTION).items()
     ]
 
 
@@ -181,7 +177,7 @@ def main() -> None:
     size, variants = chosen_size(options), chosen_variants(options)
     with workplace(size) as folder:
         results, _ = measure(size, folder, variants)
-    print_results(results, f"published procedure / ours, size {size.name}", describe(predictions(variants)))
+    print_results(results, f"published procedure / ours, size {size.name}", [] if options.quick else predictions())
 
 
 if __name__ == "__main__":

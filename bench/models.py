@@ -174,34 +174,42 @@ class PairFlops:
         return (self.unet + self.vae + self.text) / self.unet
 
 
-def sdxl_pair_flops(resolution: int, *, lora: bool) -> PairFlops:
-    """Counted on SDXL's real configuration, on the meta device: shapes only, no memory, seconds.
+def sdxl_pair_flops(resolution: int) -> dict[str, PairFlops]:
+    """`lora` and `full`, counted on SDXL's real configuration on the meta device: shapes only, seconds, no memory.
 
     Without gradient checkpointing; LoRA of rank 8 on the attention projections, as in the published scripts.
     """
+    from peft import LoraConfig
+
+    unet, reference, vae, text = sdxl_forward_flops(resolution)
+    denoise = _denoiser(unet, resolution)
+    found = {"full": flops(lambda: denoise().sum().backward())}
+    unet.requires_grad_(False)
+    targets = ["to_k", "to_q", "to_v", "to_out.0"]
+    unet.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=targets))
+    found["lora"] = flops(lambda: denoise().sum().backward())
+    return {name: PairFlops(2.0 * (policy + reference), 2.0 * vae, float(text)) for name, policy in found.items()}
+
+
+def sdxl_forward_flops(resolution: int) -> tuple[Any, int, int, int]:
+    """SDXL's UNet on the meta device, and the FLOPs of one UNet forward, one image encoded and one prompt encoded."""
     quiet_xformers()
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from peft import LoraConfig
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    side = resolution // 8
-    with torch.device("meta"):
+    with torch.device("meta"), torch.no_grad():
         unet, vae = UNet2DConditionModel(**SDXL_UNET), AutoencoderKL(**SDXL_VAE)
         encoders = [CLIPTextModel(CLIPTextConfig(**CLIP_L)), CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_BIGG))]
-        inputs = (torch.empty(1, 4, side, side), torch.zeros(1), torch.empty(1, NUM_TOKENS, 2048))
-        added = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
         pixels, tokens = torch.empty(1, 3, resolution, resolution), torch.zeros(1, NUM_TOKENS, dtype=torch.long)
-
-    def denoise() -> torch.Tensor:
-        return unet(*inputs, added_cond_kwargs=added, return_dict=False)[0]
-
-    with torch.no_grad():
-        reference = flops(denoise)
+        denoise = _denoiser(unet, resolution)
         encode = flops(lambda: vae.encode(pixels))
         text = sum(flops(lambda encoder=encoder: encoder(tokens)) for encoder in encoders)
-    if lora:
-        unet.requires_grad_(False)
-        targets = ["to_k", "to_q", "to_v", "to_out.0"]
-        unet.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=targets))
-    policy = flops(lambda: denoise().sum().backward())
-    return PairFlops(2.0 * (policy + reference), 2.0 * encode, float(text))
+        return unet, flops(denoise), encode, text
+
+
+def _denoiser(unet: Any, resolution: int) -> Callable[[], torch.Tensor]:
+    side = resolution // 8
+    with torch.device("meta"):
+        inputs = (torch.empty(1, 4, side, side), torch.zeros(1), torch.empty(1, NUM_TOKENS, 2048))
+        added = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
+    return lambda: unet(*inputs, added_cond_kwargs=added, return_dict=False)[0]

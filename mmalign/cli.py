@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,9 +74,7 @@ def grid(
     vs: Annotated[
         list[str] | None, typer.Option(help="Another run, pipeline folder, hub id or LoRA; repeatable.")
     ] = None,
-    prompts: Annotated[
-        str | None, typer.Option(help="Prompt file or builtin:attributes_heldout. Default: the run's own.")
-    ] = None,
+    prompts: Annotated[str | None, typer.Option(help="Prompt file or builtin:NAME. Default: the run's own.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 4,
     rewards: Annotated[str | None, typer.Option(help="Comma-separated rewards. Default: the run's own.")] = None,
     guidance: Annotated[str | None, typer.Option(help="Comma-separated guidance scales.")] = None,
@@ -206,6 +205,13 @@ def _split(text: str | None) -> list[str]:
 
 def main() -> None:
     """Entry point: bad input becomes one line on stderr and exit code 2; MMALIGN_DEBUG=1 shows the traceback."""
+    if find_spec("mmalign.configs") is None:
+        print(
+            "error: Python found the folder `mmalign` of a checkout, not the installed package; "
+            "run `pip install -e .` there, or start from another folder",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     try:
         app()
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:

@@ -480,7 +480,7 @@ def _check_plugins(config: Config) -> None:
             reader = registry.resolve("reader", config.data.format)
             registry.check_options("reader", config.data.format, reader, dict(config.data.options))
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(" ".join(str(error).splitlines())) from error  # a plug-in's own error may have several
 
 
 def _explain(error: ValidationError, label: str) -> str:

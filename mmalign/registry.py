@@ -32,6 +32,7 @@ TABLES: dict[str, dict[str, str]] = {
     "loss": {
         "dpo": "mmalign.losses.preference:dpo",
         "mapo": "mmalign.losses.preference:mapo",
+        "mapo_paper": "mmalign.losses.preference:mapo_paper",
         "sft": "mmalign.losses.preference:sft",
     },
     "reward": {
@@ -99,7 +100,8 @@ def _load_file(kind: str, path: Path) -> Any:
     if name in sys.modules:
         return sys.modules[name]
     module_spec = importlib.util.spec_from_file_location(name, path)
-    assert module_spec is not None and module_spec.loader is not None
+    assert module_spec is not None
+    assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module
     try:

@@ -111,7 +111,7 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
 
 
 def _unit(output: Any) -> Tensor:
-    import torch.nn.functional as F  # noqa: N812
+    import torch.nn.functional as F
 
     return F.normalize(embedding(output).float(), dim=-1)
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 LN2 = math.log(2)
@@ -56,7 +56,7 @@ def dpo(
     Returns `[B]`; ln 2 everywhere at ρ = 0, whatever ε.
     Raises `ValueError` on β ≤ 0 or ε outside [0, ½).
     Source: Diffusion-DPO arXiv 2311.12908 (released code; the pseudocode sums errors where the code averages them);
-    cDPO arXiv 2305.18290 note; robust DPO arXiv 2403.00409, eq. 11.
+    cDPO: E. Mitchell, "A note on DPO with noisy preferences" (2023); robust: arXiv 2403.00409.
     """
     if not beta > 0:
         raise ValueError(f"beta = {beta}: must be positive (diffusion scores: about 2000 to 5000, nats: about 0.1)")
@@ -80,37 +80,44 @@ def mapo(
     margin_weight: float = 0.1,
     temperature: float = 1000.0,
     snr: float = 0.5,
-    form: Literal["released", "paper"] = "released",
-    beta: float = 8.0,
 ) -> Tensor:
-    """Margin-aware preference optimisation, reference-free: winner error plus a bounded margin term.
+    """Margin-aware preference optimisation as released: L_w − margin_weight · log σ(temperature · (φ(snr·L_w) − φ(snr·L_l))).
 
-    With the error L = −2s and φ(x) = x / (eˣ − 1), decreasing from φ(0) = 1:
-    released: L_w − margin_weight · log σ(temperature · (φ(snr·L_w) − φ(snr·L_l)));
-    paper:    L_w − (1/β) · log σ(φ(L_w)^β − φ(L_l)^β).
+    L = −2s is the error; φ(x) = x / (eˣ − 1) falls from φ(0) = 1. Reference-free: the winner's error plus a bounded margin.
 
     Args:
         chosen_score_B, rejected_score_B: scores, `[B]`, s ≤ 0.
-        margin_weight, temperature, snr: released code (0.1, the number of training timesteps 1000, 0.5; "snr" is a constant
-            there, not a signal-to-noise ratio). Not used by `form: paper`.
-        form: the two differ: at small L the logit's slope is −temperature·snr/2 = −250 in the code, −β/2 in the paper.
-        beta: paper form only; the paper's Table 4 uses 8 for general preference up to 1024 for personalisation.
+        margin_weight: weight of the margin term beside the winner's error.
+        temperature: the released code uses the number of training timesteps.
+        snr: scale of the error; a constant in the released code, not a signal-to-noise ratio.
 
-    Returns `[B]`. No golden value: it depends on the errors. Finite, with finite gradients, at zero error.
-    Source: arXiv 2406.06424 (v2, eq. 11, power reading) and the authors' released code.
+    Returns `[B]`. No golden value: it depends on the errors. Finite, with finite gradients, at zero error, where the
+    logit's slope is −temperature·snr/2 = −250.
+    Source: arXiv 2406.06424, the authors' released code. The paper's v2 has another form, see `mapo_paper`.
     """
-    # Float64: the temperature multiplies the rounding of φ (6e-8 in fp32) into the fifth digit of the logit.
-    dtype = torch.float32 if chosen_score_B.device.type == "mps" else torch.float64
-    chosen_error_B, rejected_error_B = -2 * chosen_score_B.to(dtype), -2 * rejected_score_B.to(dtype)
-    if form == "released":
-        margin_B = temperature * (bose(snr * chosen_error_B) - bose(snr * rejected_error_B))
-        return (chosen_error_B - margin_weight * F.logsigmoid(margin_B)).float()
-    if form != "paper":
-        raise ValueError(f"form = {form!r}: must be 'released' or 'paper'")
+    error_w_B, error_l_B = _errors(chosen_score_B, rejected_score_B)
+    margin_B = temperature * (bose(snr * error_w_B) - bose(snr * error_l_B))
+    return (error_w_B - margin_weight * F.logsigmoid(margin_B)).float()
+
+
+@declares(golden=None, accepts=("surrogate",))
+def mapo_paper(chosen_score_B: Tensor, rejected_score_B: Tensor, *, beta: float = 8.0) -> Tensor:
+    """MaPO as printed in v2 of the paper: L_w − (1/β) · log σ(φ(L_w)^β − φ(L_l)^β).
+
+    At small errors its margin term is about 50 times weaker against the winner term than the released code's.
+
+    Args:
+        chosen_score_B, rejected_score_B: scores, `[B]`, s ≤ 0.
+        beta: the paper's Table 4 uses 8 for general preference up to 1024 for personalisation.
+
+    Returns `[B]`. Raises `ValueError` on β ≤ 0.
+    Source: arXiv 2406.06424v2, eq. 11, read as a power (a product would not keep the score in (0, 1) as stated there).
+    """
     if not beta > 0:
         raise ValueError(f"beta = {beta}: must be positive (the paper uses 8 to 1024)")
-    margin_B = bose(chosen_error_B) ** beta - bose(rejected_error_B) ** beta
-    return (chosen_error_B - F.logsigmoid(margin_B) / beta).float()
+    error_w_B, error_l_B = _errors(chosen_score_B, rejected_score_B)
+    margin_B = bose(error_w_B) ** beta - bose(error_l_B) ** beta
+    return (error_w_B - F.logsigmoid(margin_B) / beta).float()
 
 
 @declares(golden=None)
@@ -123,6 +130,12 @@ def sft(chosen_score_B: Tensor) -> Tensor:
         chosen_score_B: scores of the preferred samples, `[B]`.
     """
     return -2 * chosen_score_B.float()
+
+
+def _errors(chosen_score_B: Tensor, rejected_score_B: Tensor) -> tuple[Tensor, Tensor]:
+    """L = −2s in float64: the temperature multiplies the rounding of φ (6e-8 in fp32) into the fifth digit of the logit."""
+    dtype = torch.float32 if chosen_score_B.device.type == "mps" else torch.float64
+    return -2 * chosen_score_B.to(dtype), -2 * rejected_score_B.to(dtype)
 
 
 def bose(x: Tensor) -> Tensor:

@@ -118,14 +118,16 @@ class DiffusionPolicy:
         if self.config.vae is not None:
             vae_path = resolve_path(self.config.vae)
             options["vae"] = load_or_explain(
-                self.config.vae, lambda: diffusers.AutoencoderKL.from_pretrained(vae_path, dtype=torch.float32)
+                self.config.vae,
+                lambda: diffusers.AutoencoderKL.from_pretrained(vae_path, **dtype_argument(torch.float32)),
             )
         # The denoiser is stored in the compute dtype under LoRA; full fine-tuning keeps fp32 masters (see Views).
         dtype = self.dtype if self.config.lora is not None or not self.train else torch.float32
         loader = getattr(diffusers, self.pipeline_class)
         options |= self.load_options(found)
         return load_or_explain(
-            self.config.path, lambda: loader.from_pretrained(path, dtype=dtype, low_cpu_mem_usage=True, **options)
+            self.config.path,
+            lambda: loader.from_pretrained(path, **dtype_argument(dtype), low_cpu_mem_usage=True, **options),
         )
 
     def load_options(self, pipeline_config: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +150,7 @@ class DiffusionPolicy:
             subfolder="unet",
             revision=self.config.revision,
             variant=self.config.variant,
-            dtype=torch.float32,
+            **dtype_argument(torch.float32),
         )
         attention.apply(network, self.attention)
         return lean_copy(network, self.dtype).to(self.device)
@@ -353,6 +355,14 @@ class DiffusionPolicy:
             unet_lora_layers={name: tensor.cpu().contiguous() for name, tensor in state.items()},
             unet_lora_adapter_metadata=self.pipe.unet.peft_config[ADAPTER].to_dict(),
         )
+
+
+def dtype_argument(dtype: torch.dtype) -> dict[str, Any]:
+    """The dtype keyword of `from_pretrained`: renamed in diffusers 0.42."""
+    import diffusers
+
+    major, minor = (int(part) for part in diffusers.__version__.split(".")[:2])
+    return {"dtype" if (major, minor) >= (0, 42) else "torch_dtype": dtype}
 
 
 def load_or_explain(path: str, load: Any) -> Any:

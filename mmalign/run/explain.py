@@ -52,11 +52,9 @@ def code_path(loaded: LoadedConfig) -> list[tuple[str, str]]:
 
 def location(thing: Any) -> str:
     """`file:line` relative to the current folder where possible."""
-    path = Path(inspect.getsourcefile(thing) or "?")
-    try:
-        path = path.resolve().relative_to(Path.cwd())
-    except ValueError:
-        pass
+    path = Path(inspect.getsourcefile(thing) or "?").resolve()
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
     return f"{path}:{inspect.getsourcelines(thing)[1]}"
 
 

@@ -51,6 +51,15 @@ class RunFolder:
         self.path = Path(loaded.config.output_dir).expanduser()
         self.is_main = is_main
         self._lock: Any = None
+        try:
+            self._open()
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir {str(self.path)!r} cannot be written: {error.strerror or error}. "
+                f"Give a folder on a disk you may write to"
+            ) from error
+
+    def _open(self) -> None:
         found = self.path / "config.yaml"
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"output_dir {str(self.path)!r} is a file; give a folder")
@@ -67,15 +76,9 @@ class RunFolder:
             check_same_trajectory(found, self.config)
         self._made = not self.path.is_dir()
         self._begun = used
-        if is_main:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                self._take_lock()
-            except OSError as error:
-                raise ConfigError(
-                    f"output_dir {str(self.path)!r} cannot be written: {error.strerror or error}. "
-                    f"Give a folder on a disk you may write to"
-                ) from error
+        if self.is_main:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
             atomic.remove_temporary(self.path)
             if self.checkpoints.is_dir():
                 atomic.remove_temporary(self.checkpoints)

@@ -87,9 +87,7 @@ def test_reward_file_with_a_syntax_error_is_named_with_its_line(tiny: Callable, 
         ("def other(images): ...\n", "has no 'brightness'"),
     ],
 )
-def test_reward_file_that_cannot_be_used(
-    tiny: Callable, refused: Callable, tmp_path: Path, source: str, says: str
-):
+def test_reward_file_that_cannot_be_used(tiny: Callable, refused: Callable, tmp_path: Path, source: str, says: str):
     file = tmp_path / "reward.py"
     file.write_text(source)
     refused(tiny(evaluate={"rewards": [f"{file}:brightness"]}), ConfigError, str(file), says)

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from mmalign.losses.preference import bose, dpo, mapo, sft
+from mmalign.losses.preference import bose, dpo, mapo, mapo_paper, sft
 
 LN2 = math.log(2)
 
@@ -119,14 +119,14 @@ def mapo_float64(error_w: torch.Tensor, error_l: torch.Tensor, form: str, beta: 
 def test_mapo_equals_float64(form: str, beta: float, scale: float):
     score_w, score_l = scores(scale=scale / 2)
     expected = mapo_float64(-2 * score_w, -2 * score_l, form, beta)
-    ours = mapo(score_w, score_l, form=form, beta=beta)
+    ours = mapo(score_w, score_l) if form == "released" else mapo_paper(score_w, score_l, beta=beta)
     torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("form", ["released", "paper"])
-def test_mapo_is_finite_at_zero_error_with_finite_gradients(form: str):
+@pytest.mark.parametrize("loss", [mapo, mapo_paper])
+def test_mapo_is_finite_at_zero_error_with_finite_gradients(loss):
     score_w, score_l = (torch.tensor([0.0, -1e-9, 0.0], requires_grad=True) for _ in range(2))
-    loss_B = mapo(score_w, score_l, form=form)
+    loss_B = loss(score_w, score_l)
     loss_B.sum().backward()
     assert torch.isfinite(loss_B).all()
     for gradient in (score_w.grad, score_l.grad):
@@ -140,16 +140,16 @@ def test_mapo_slopes_at_zero_margin_as_derived():
     mapo(-0.5 * error_w, torch.tensor([-0.5e-5])).sum().backward()
     assert error_w.grad.item() == pytest.approx(1 + 12.5, rel=1e-3)
     error_w = torch.tensor([1e-5], requires_grad=True)
-    mapo(-0.5 * error_w, torch.tensor([-0.5e-5]), form="paper", beta=8.0).sum().backward()
+    mapo_paper(-0.5 * error_w, torch.tensor([-0.5e-5]), beta=8.0).sum().backward()
     assert error_w.grad.item() == pytest.approx(1 + 0.25, rel=1e-3)
 
 
-@pytest.mark.parametrize("form", ["released", "paper"])
-def test_mapo_falls_when_the_winner_improves_and_when_the_loser_gets_worse(form: str):
+@pytest.mark.parametrize("loss", [mapo, mapo_paper])
+def test_mapo_falls_when_the_winner_improves_and_when_the_loser_gets_worse(loss):
     winner, loser = torch.tensor([-0.05]), torch.tensor([-0.06])
-    base = mapo(winner, loser, form=form)
-    assert mapo(winner + 0.01, loser, form=form) < base
-    assert mapo(winner, loser - 0.01, form=form) < base
+    base = loss(winner, loser)
+    assert loss(winner + 0.01, loser) < base
+    assert loss(winner, loser - 0.01) < base
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-7), (torch.float64, 1e-15)])
@@ -159,9 +159,9 @@ def test_bose_is_exact_across_its_series(dtype: torch.dtype, tolerance: float):
     torch.testing.assert_close(bose(x).double(), exact, rtol=tolerance, atol=0)
 
 
-def test_mapo_names_an_unknown_form():
-    with pytest.raises(ValueError, match="'released' or 'paper'"):
-        mapo(torch.zeros(1), torch.zeros(1), form="v3")
+def test_mapo_paper_names_a_beta_out_of_range():
+    with pytest.raises(ValueError, match="beta = 0"):
+        mapo_paper(torch.zeros(1), torch.zeros(1), beta=0)
 
 
 # --- properties of all ------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ LOSSES = [
     lambda w, l: dpo(w, l, beta=20.0, label_smoothing=0.1),  # noqa: E741
     lambda w, l: dpo(w, l, beta=20.0, label_smoothing=0.1, robust=True),  # noqa: E741
     lambda w, l: mapo(w, l),  # noqa: E741
-    lambda w, l: mapo(w, l, form="paper"),  # noqa: E741
+    lambda w, l: mapo_paper(w, l),  # noqa: E741
     lambda w, l: sft(w),  # noqa: E741
 ]
 

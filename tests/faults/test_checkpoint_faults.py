@@ -1,0 +1,131 @@
+"""Run folders that a crash, a user or a changed file left in another state than the run did."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import mmalign
+from mmalign.builtin import builtin_path
+from mmalign.run.checkpoint import CheckpointError
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step_{step}" / "weights.safetensors")
+
+
+def assert_same_weights(first: Path, second: Path, step: int) -> None:
+    one, other = weights(first, step), weights(second, step)
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_half_written_checkpoints_are_swept_and_never_resumed(
+    tiny: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    run = mmalign.train(tiny(train={"steps": 2})).folder
+    checkpoints = run / "checkpoints"
+    shutil.copytree(checkpoints / "step_2", checkpoints / ".tmp-step_3-4711")
+    shutil.copytree(checkpoints / "step_2", checkpoints / "step_9")
+    (checkpoints / "step_9" / "state.json").unlink()
+    (checkpoints / "step_9" / "weights.safetensors").write_bytes(b"torn")
+    (run / ".tmp-config.yaml-4711").write_text("half")
+    capsys.readouterr()
+    mmalign.train(tiny(train={"steps": 3}))
+    assert f"resumed from {checkpoints / 'step_2'} (step 2 of 3)" in capsys.readouterr().out
+    assert list(run.rglob(".tmp-*")) == []
+    mmalign.train(tiny(train={"steps": 3}, output_dir=str(tmp_path / "straight")))
+    assert_same_weights(run, tmp_path / "straight", 3)
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.pt", "ema.safetensors", "state.json", "rng.pt"])
+def test_damaged_newest_checkpoint_is_named_with_the_fix(tiny: Callable, refused: Callable, tmp_path: Path, file: str):
+    settings = {"ema": {"decay": 0.9}}
+    run = mmalign.train(tiny(train={"steps": 2, **settings}, checkpoint={"every": 1})).folder
+    newest, previous = run / "checkpoints" / "step_2", run / "checkpoints" / "step_1"
+    content = (newest / file).read_bytes()
+    (newest / file).write_bytes(content[: len(content) // 2])
+    longer = tiny(train={"steps": 3, **settings})
+    refused(longer, CheckpointError, f"{newest} is damaged", f"Delete this folder to continue from {previous}")
+    shutil.rmtree(newest)
+    mmalign.train(longer)
+    mmalign.train({**longer, "output_dir": str(tmp_path / "straight")})
+    assert_same_weights(run, tmp_path / "straight", 3)
+
+
+def test_missing_file_of_the_only_checkpoint(tiny: Callable, refused: Callable):
+    run = mmalign.train(tiny(train={"steps": 1})).folder
+    (run / "checkpoints" / "step_1" / "scheduler.pt").unlink()
+    says = (str(run / "checkpoints" / "step_1"), "scheduler.pt", "Delete this folder to start anew")
+    refused(tiny(train={"steps": 2}), CheckpointError, *says)
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ("unet/diffusion_pytorch_model", "base model's weights"),
+        ("vae/diffusion_pytorch_model", "frozen encoders"),
+        ("text_encoder/model", "frozen encoders"),
+    ],
+)
+def test_model_changed_behind_the_same_path_is_refused(
+    tiny: Callable, refused: Callable, tmp_path: Path, part: str, says: str
+):
+    model = tmp_path / "model"
+    shutil.copytree(builtin_path("builtin:sdxl-tiny"), model)
+    section = {"path": str(model)}
+    mmalign.train(tiny(model=section, train={"steps": 1}))
+    file = model / f"{part}.safetensors"
+    tensors = load_file(file)
+    name = next(name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.ndim > 1)
+    tensors[name] = tensors[name] * 1.001
+    save_file(tensors, file, metadata={"format": "pt"})
+    refused(
+        tiny(model=section, train={"steps": 2}), CheckpointError, f"belongs to other {says}", "Give a new output_dir"
+    )
+
+
+def test_training_data_changed_behind_the_same_path_is_refused(on_pairs: Callable, pairs: Callable, refused: Callable):
+    file = pairs()
+    mmalign.train(on_pairs(file, train={"steps": 1}))
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b"fox 2", b"hare"))
+    longer = on_pairs(file, train={"steps": 2})
+    refused(longer, CheckpointError, "belongs to other training data", "Give a new output_dir")
+    file.write_bytes(b"".join(whole.splitlines(keepends=True)[:2]))
+    refused(longer, CheckpointError, "belongs to other training data")
+    file.write_bytes(whole)
+    assert mmalign.train(longer).summary["steps"] == 2
+
+
+def test_finished_run_says_where_its_results_are(tiny: Callable, tmp_path: Path, command: Callable):
+    import yaml
+
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(tiny(train={"steps": 1})))
+    mmalign.train(config)
+    code, out, err = command("train", config)
+    assert code == 0, err
+    assert f"finished at step 1: {tmp_path / 'run'}" in out
+    assert str(tmp_path / "run" / "final") in out
+
+
+def test_damaged_summary_or_config_of_a_run(tiny: Callable, refused: Callable):
+    run = mmalign.train(tiny(train={"steps": 1})).folder
+    (run / "config.yaml").write_text("model: [\n")
+    refused(tiny(train={"steps": 2}), mmalign.config.ConfigError, "cannot be read as a run's config")
+
+
+def test_metrics_of_a_killed_process_are_mended(tiny: Callable):
+    run = mmalign.train(tiny(train={"steps": 2})).folder
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss": 0.5}\n{"step": 4, "lo')
+    mmalign.train(tiny(train={"steps": 3}))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
