@@ -135,8 +135,8 @@ class Published:
         return (predicted.float() - target.float()).square().flatten(1).mean(1)
 
 
-def measure(size: Size, folder: Path, variants: tuple[str, ...]) -> tuple[list[Result], dict[str, PairFlops]]:
-    """Speed-up, and its share of the predicted one, per variant; and the FLOPs the prediction is made from."""
+def measure(size: Size, folder: Path, variants: tuple[str, ...]) -> list[Result]:
+    """Speed-up, and its share of the predicted one, per variant."""
     results, counts = [], {}
     for variant in variants:
 
@@ -160,7 +160,7 @@ def measure(size: Size, folder: Path, variants: tuple[str, ...]) -> tuple[list[R
             ),
             Result.speedup(f"… / predicted, {variant}", timing, over=count.speedup, at_least=TARGET),
         ]
-    return results, counts
+    return results
 
 
 def predictions() -> list[str]:
@@ -176,7 +176,7 @@ def main() -> None:
     options = parser(__doc__.splitlines()[0]).parse_args()
     size, variants = chosen_size(options), chosen_variants(options)
     with workplace(size) as folder:
-        results, _ = measure(size, folder, variants)
+        results = measure(size, folder, variants)
     print_results(results, f"published procedure / ours, size {size.name}", [] if options.quick else predictions())
 
 

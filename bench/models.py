@@ -101,7 +101,9 @@ SIZES = {
     "small": Size(
         "small",
         unet={"block_out_channels": (192, 384), "attention_head_dim": (6, 12), "norm_num_groups": 32},
-        vae={"block_out_channels": (32, 64, 128, 128), "norm_num_groups": 32},
+        vae={"block_out_channels": (32, 64, 128, 128), "layers_per_block": 2, "norm_num_groups": 32},
+        text={"num_hidden_layers": 12, "intermediate_size": 512},
+        text_2={"num_hidden_layers": 12, "intermediate_size": 512},
         resolution=128,
     ),
     # The real architecture, for a GPU.
@@ -139,7 +141,8 @@ def make_pipeline(size: Size, folder: Path) -> Path:
             if changes is not None:
                 config = type(getattr(pipe, role).config)(**{**getattr(pipe, role).config.to_dict(), **changes})
                 setattr(pipe, role, kind(config))
-                getattr(pipe, role.replace("text_encoder", "tokenizer")).model_max_length = NUM_TOKENS
+                tokenizer = getattr(pipe, role.replace("text_encoder", "tokenizer"))
+                tokenizer.model_max_length = config.max_position_embeddings
     path = folder / f"sdxl-{size.name}"
     if size.dtype == "bf16":
         pipe.unet.to(torch.bfloat16)  # random weights: half the file will do

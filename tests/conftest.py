@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Set before huggingface_hub is imported, which reads it once: a test that reaches for the hub fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tiny tensors: a second thread buys nothing, and on shared cores its busy-waiting costs tenfold.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -124,6 +124,7 @@ def write_folder(model, tokenizer, facts: dict) -> None:
         config = {"model_cfg": model_config(tokenizer), "preprocess_cfg": preprocess}
         (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
         tokenizer.save_pretrained(folder)
+        common.forget_padding(folder)
         facts["bytes"] = common.folder_bytes(folder)
         common.write_card(folder, facts, README.format(**facts))
 

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -193,6 +194,26 @@ def make_tokenizer(context_length: int):
     from mmalign.synthetic.scenes import SPLITS, TIERS
 
     texts = [text for tier in TIERS for split in SPLITS for text in captions(tier, split)]
-    tokenizer = CLIPTokenizer().train_new_from_iterator(texts, vocab_size=700, show_progress=False)
+    trained = CLIPTokenizer().train_new_from_iterator(texts, vocab_size=700, show_progress=False)
+    with tempfile.TemporaryDirectory() as folder:
+        trained.save_pretrained(folder)
+        path = Path(folder) / "tokenizer.json"
+        content = json.loads(path.read_text())
+        vocabulary = content["model"]["vocab"]
+        # Training numbers the one-letter words ("a" among them) in the order of a hash table, which differs from
+        # process to process: a build resumed after a kill would read its own captions with other ids.
+        letters = sorted(token for token in vocabulary if len(token) == len("a</w>") and token.endswith("</w>"))
+        ids = sorted(vocabulary[token] for token in letters)
+        vocabulary.update(zip(letters, ids, strict=True))
+        path.write_text(json.dumps(content, ensure_ascii=False))
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
     tokenizer.model_max_length = context_length
     return tokenizer
+
+
+def forget_padding(folder: Path) -> None:
+    """Clear the padding and truncation that a used tokenizer writes into its file; callers ask for their own."""
+    for path in folder.rglob("tokenizer.json"):
+        content = json.loads(path.read_text())
+        content |= {"truncation": None, "padding": None}
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

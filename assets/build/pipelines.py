@@ -255,6 +255,7 @@ def export(pipe: DiffusionPipeline, family: Family, facts: dict, text: str) -> P
         # from_pretrained(folder) mixes fp16 text encoders with an fp32 UNet and fails.
         for config in folder.glob("text_encoder*/config.json"):
             config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+        common.forget_padding(folder)
         facts["bytes"] = common.folder_bytes(folder)
         common.write_card(folder, facts, text.format(**facts))
     return target

@@ -54,6 +54,7 @@ class RunFolder:
         try:
             self._open()
         except OSError as error:
+            self.close()
             raise ConfigError(
                 f"output_dir {str(self.path)!r} cannot be written: {error.strerror or error}. "
                 f"Give a folder on a disk you may write to"
@@ -64,8 +65,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"output_dir {str(self.path)!r} is a file; give a folder")
         used = found.is_file()
-        leftovers = (".lock", "bad_rows.jsonl")  # of a run that stopped before its first step
-        if not used and self.path.is_dir() and any(p.name not in leftovers for p in self.path.iterdir()):
+        if not used and self.path.is_dir() and not all(_is_leftover(path.name) for path in self.path.iterdir()):
             raise ConfigError(f"output_dir {str(self.path)!r} is not empty and holds no mmalign run. Give a new folder")
         if used and self.config.run.resume == "never":
             raise ConfigError(
@@ -85,10 +85,10 @@ class RunFolder:
 
     def begin(self) -> None:
         """Training is about to start: from here on the folder belongs to this config."""
-        self._begun = True
         if self.is_main:
-            self.checkpoints.mkdir(exist_ok=True)
             atomic.write_text(self.path / "config.yaml", to_yaml(self.config))
+            self.checkpoints.mkdir(exist_ok=True)
+        self._begun = True
 
     @property
     def checkpoints(self) -> Path:
@@ -117,7 +117,7 @@ class RunFolder:
             self.path.rmdir()
 
     def _take_lock(self) -> None:
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held for the whole run)
+        self._lock = open(self.path / ".lock", "wb", buffering=0)  # noqa: SIM115 (held for the whole run)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -126,8 +126,12 @@ class RunFolder:
             raise ConfigError(
                 f"output_dir {str(self.path)!r} is in use by another running process. Wait for it, or give another folder"
             ) from None
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
+        self._lock.write(str(os.getpid()).encode())
+
+
+def _is_leftover(name: str) -> bool:
+    """Whether a run that was stopped or killed before its first step leaves this behind."""
+    return name in (".lock", "bad_rows.jsonl", "reference.safetensors") or name.startswith(atomic.TEMPORARY)
 
 
 def check_same_trajectory(found: Path, config: Config) -> None:
@@ -135,7 +139,8 @@ def check_same_trajectory(found: Path, config: Config) -> None:
     try:
         old = dict(flatten(dump(Config.model_validate(yaml.safe_load(found.read_text())))))
     except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{found} cannot be read as a run's config: {error}. Give a new output_dir") from None
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{found} cannot be read as a run's config: {reason}. Give a new output_dir") from None
     new = dict(flatten(dump(config)))
     differences = [
         f"{key}: {old.get(key, 'absent')!r} -> {new.get(key, 'absent')!r}"

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import mmalign
 from mmalign.builtin import builtin_path
+from mmalign.config import ConfigError
 from mmalign.run.checkpoint import CheckpointError
 
 
@@ -44,15 +46,16 @@ def test_half_written_checkpoints_are_swept_and_never_resumed(
     assert_same_weights(run, tmp_path / "straight", 3)
 
 
-@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.pt", "ema.safetensors", "state.json", "rng.pt"])
-def test_damaged_newest_checkpoint_is_named_with_the_fix(tiny: Callable, refused: Callable, tmp_path: Path, file: str):
+def test_damaged_newest_checkpoint_is_named_with_the_fix(tiny: Callable, refused: Callable, tmp_path: Path):
     settings = {"ema": {"decay": 0.9}}
     run = mmalign.train(tiny(train={"steps": 2, **settings}, checkpoint={"every": 1})).folder
     newest, previous = run / "checkpoints" / "step_2", run / "checkpoints" / "step_1"
-    content = (newest / file).read_bytes()
-    (newest / file).write_bytes(content[: len(content) // 2])
     longer = tiny(train={"steps": 3, **settings})
-    refused(longer, CheckpointError, f"{newest} is damaged", f"Delete this folder to continue from {previous}")
+    for name in ("weights.safetensors", "optimizer.pt", "ema.safetensors", "state.json", "rng.pt"):
+        content = (newest / name).read_bytes()
+        (newest / name).write_bytes(content[: len(content) // 2])
+        refused(longer, CheckpointError, f"{newest} is damaged", f"Delete this folder to continue from {previous}")
+        (newest / name).write_bytes(content)
     shutil.rmtree(newest)
     mmalign.train(longer)
     mmalign.train({**longer, "output_dir": str(tmp_path / "straight")})
@@ -66,29 +69,25 @@ def test_missing_file_of_the_only_checkpoint(tiny: Callable, refused: Callable):
     refused(tiny(train={"steps": 2}), CheckpointError, *says)
 
 
-@pytest.mark.parametrize(
-    ("part", "says"),
-    [
+def test_model_changed_behind_the_same_path_is_refused(tiny: Callable, refused: Callable, tmp_path: Path):
+    model = tmp_path / "model"
+    shutil.copytree(builtin_path("builtin:sdxl-tiny"), model)
+    mmalign.train(tiny(model={"path": str(model)}, train={"steps": 1}))
+    longer = tiny(model={"path": str(model)}, train={"steps": 2})
+    for part, says in (
         ("unet/diffusion_pytorch_model", "base model's weights"),
         ("vae/diffusion_pytorch_model", "frozen encoders"),
         ("text_encoder/model", "frozen encoders"),
-    ],
-)
-def test_model_changed_behind_the_same_path_is_refused(
-    tiny: Callable, refused: Callable, tmp_path: Path, part: str, says: str
-):
-    model = tmp_path / "model"
-    shutil.copytree(builtin_path("builtin:sdxl-tiny"), model)
-    section = {"path": str(model)}
-    mmalign.train(tiny(model=section, train={"steps": 1}))
-    file = model / f"{part}.safetensors"
-    tensors = load_file(file)
-    name = next(name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.ndim > 1)
-    tensors[name] = tensors[name] * 1.001
-    save_file(tensors, file, metadata={"format": "pt"})
-    refused(
-        tiny(model=section, train={"steps": 2}), CheckpointError, f"belongs to other {says}", "Give a new output_dir"
-    )
+    ):
+        file = model / f"{part}.safetensors"
+        content = file.read_bytes()
+        tensors = load_file(file)
+        name = next(name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.ndim > 1)
+        tensors[name] = tensors[name] * 1.01
+        save_file(tensors, file, metadata={"format": "pt"})
+        refused(longer, CheckpointError, f"belongs to other {says}", "Give a new output_dir")
+        file.write_bytes(content)
+    assert mmalign.train(longer).summary["steps"] == 2
 
 
 def test_training_data_changed_behind_the_same_path_is_refused(on_pairs: Callable, pairs: Callable, refused: Callable):
@@ -105,8 +104,6 @@ def test_training_data_changed_behind_the_same_path_is_refused(on_pairs: Callabl
 
 
 def test_finished_run_says_where_its_results_are(tiny: Callable, tmp_path: Path, command: Callable):
-    import yaml
-
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(tiny(train={"steps": 1})))
     mmalign.train(config)
@@ -116,10 +113,10 @@ def test_finished_run_says_where_its_results_are(tiny: Callable, tmp_path: Path,
     assert str(tmp_path / "run" / "final") in out
 
 
-def test_damaged_summary_or_config_of_a_run(tiny: Callable, refused: Callable):
+def test_damaged_config_of_a_run(tiny: Callable, refused: Callable):
     run = mmalign.train(tiny(train={"steps": 1})).folder
     (run / "config.yaml").write_text("model: [\n")
-    refused(tiny(train={"steps": 2}), mmalign.config.ConfigError, "cannot be read as a run's config")
+    refused(tiny(train={"steps": 2}), ConfigError, "cannot be read as a run's config")
 
 
 def test_metrics_of_a_killed_process_are_mended(tiny: Callable):
@@ -129,3 +126,12 @@ def test_metrics_of_a_killed_process_are_mended(tiny: Callable):
     mmalign.train(tiny(train={"steps": 3}))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
+
+
+def test_folder_of_a_run_killed_before_its_first_step_can_be_used(tiny: Callable, tmp_path: Path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in (".lock", ".tmp-config.yaml-4711", "bad_rows.jsonl", "reference.safetensors"):
+        (run / name).write_bytes(b"")
+    assert mmalign.train(tiny(train={"steps": 1})).summary["status"] == "finished"
+    assert not (run / ".tmp-config.yaml-4711").exists()

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import datetime
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 import mmalign
 from mmalign.types import DataError
 
 SKIP_HINT = "(data.on_bad_row: skip leaves bad rows out and lists them)"
-
-
-def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / f"step_{step}" / "weights.safetensors")
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -190,23 +183,25 @@ def test_two_folders_train(on_pairs: Callable, refused: Callable, encoded: Calla
 # --- cache ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped bit", "empty"])
-def test_damaged_cache_entries_are_encoded_again(tiny: Callable, tmp_path: Path, damage: str):
-    data = {"cache_dir": str(tmp_path / "cache")}
-    mmalign.train(tiny(data=data, output_dir=str(tmp_path / "first")))
-    entries = sorted((tmp_path / "cache").rglob("*.safetensors"))
-    whole = {entry: entry.read_bytes() for entry in entries}
-    for entry, content in whole.items():
-        changed = {
-            "truncated": content[:-7],
-            "flipped bit": content[:-1] + bytes([content[-1] ^ 64]),
-            "empty": b"",
-        }[damage]
-        entry.write_bytes(changed)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        mmalign.train(tiny(data=data, output_dir=str(tmp_path / "second")))
-    if damage == "flipped bit":  # a torn file is seen while the cache is built, this one when it is read
-        assert any("is damaged; it is encoded again" in str(warning.message) for warning in caught)
-    first, second = weights(tmp_path / "first", 2), weights(tmp_path / "second", 2)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+def test_damaged_cache_entries_are_encoded_again(tiny: Callable, tmp_path: Path):
+    cache = tmp_path / "cache"
+
+    def first_line(name: str) -> dict:
+        run = mmalign.train(tiny(data={"cache_dir": str(cache)}, output_dir=str(tmp_path / name))).folder
+        return json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+
+    whole = first_line("whole")
+    entries = {entry: entry.read_bytes() for entry in cache.rglob("*.safetensors")}
+    assert len(entries) == 25
+    for number, damaged in enumerate((b"", entries[next(iter(entries))][:-7])):
+        for entry in entries:
+            entry.write_bytes(damaged)
+        again = first_line(f"torn{number}")
+        assert {entry: entry.stat().st_size for entry in entries} == {e: len(content) for e, content in entries.items()}
+        assert again["chosen_error"] == pytest.approx(whole["chosen_error"], rel=1e-4)
+    for entry, content in entries.items():
+        entry.write_bytes(content[:-1] + bytes([content[-1] ^ 64]))
+    with pytest.warns(RuntimeWarning, match=r"cache entry .* is damaged; it is encoded again"):
+        again = first_line("flipped")
+    # Approximately, here and above: an encoder rounds differently in batches of another shape or alignment.
+    assert again["chosen_error"] == pytest.approx(whole["chosen_error"], rel=1e-4)

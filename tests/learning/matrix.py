@@ -1,7 +1,7 @@
 """The learning matrix: every recipe on every seed, judged by the exact scorer on prompts no training saw.
 
     python tests/learning/matrix.py --split heldout --seeds 0 1 2 --save     # what `make test-learning` runs
-    python tests/learning/matrix.py --split dev --only dpo_full --seeds 0 train.learning_rate=1e-4
+    python tests/learning/matrix.py --split dev --only dpo_full --seeds 0 --set train.learning_rate=1e-4
 
 Settings are chosen on the dev split; held-out is scored once. Headline: graded win rate (mean soft sub-score, ties ½);
 beside it the win rate on the number of right attributes and the share of images with all attributes right.
@@ -133,15 +133,16 @@ def show(name: str, table: dict[str, Any]) -> None:
     print(f"{name:<20} steps {table['steps']} last {table['last_metrics']}", flush=True)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--split", choices=["dev", "heldout"], default="dev")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=sorted(RECIPES), default=list(RECIPES))
     parser.add_argument("--save", action="store_true", help="write results.json beside this file")
     parser.add_argument("--keep", type=Path, help="keep the run folders here (and reuse finished ones)")
-    parser.add_argument("overrides", nargs="*", help="key=value for every recipe")
-    options = parser.parse_args()
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides for every recipe")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(arguments)
     started = time.monotonic()
     folder = options.keep or Path(tempfile.mkdtemp(prefix="mmalign-learning-"))
     results: dict[str, Any] = {}
@@ -153,7 +154,7 @@ def main() -> int:
                 seed=seed,
                 split=options.split,
                 folder=folder / f"{name}-{seed}",
-                extra=tuple(options.overrides),
+                extra=tuple(options.set),
             )
             for seed in options.seeds
         ]
@@ -166,7 +167,7 @@ def main() -> int:
         }
         print("mapo minus sft", json.dumps(results["mapo_minus_sft"]), flush=True)
     record = {
-        "command": " ".join(["python", "tests/learning/matrix.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "tests/learning/matrix.py", *arguments]),
         "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""),
         "split": options.split,
         "seeds": options.seeds,
