@@ -48,7 +48,7 @@ format: $(STAMP) ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 bench: $(STAMP) ## side-by-side benchmarks; they print ratios
-	@for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
+	$(BIN)/python bench/run.py $(ARGS)
 
 assets: $(STAMP) ## train the bundled tiny models again (a CPU is enough)
 	$(BIN)/python assets/build/all.py $(ARGS)

@@ -96,7 +96,9 @@ def _load_file(kind: str, path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"{kind} file {str(path)!r} does not exist (relative paths start at {Path.cwd()})")
     path = path.resolve()
-    name = f"mmalign_user_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
+    # The content is part of the name: an edited file is loaded anew, also within one notebook.
+    identity = str(path).encode() + path.read_bytes()
+    name = f"mmalign_user_{path.stem}_{hashlib.blake2b(identity, digest_size=6).hexdigest()}"
     if name in sys.modules:
         return sys.modules[name]
     module_spec = importlib.util.spec_from_file_location(name, path)

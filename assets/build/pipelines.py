@@ -284,7 +284,7 @@ def build(family: Family) -> None:
         facts = {"name": family.name, "preview": True, "guidance_scale": GUIDANCE_SCALE}
         print(export(pipe, family, facts | {"num_inference_steps": INFERENCE_STEPS}, PREVIEW_CARD))
         return
-    candidates = tuple(range(1000, arguments.steps + 1, 500))
+    candidates = tuple(sorted({*range(1000, arguments.steps + 1, 500), arguments.steps}))
     train(family, arguments.steps, tokenizer, candidates)
     if arguments.only_train:
         return

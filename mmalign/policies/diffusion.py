@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mmalign import attention, randomness
@@ -54,7 +55,7 @@ class DiffusionPolicy:
         raise NotImplementedError
 
     def conditioning(self, contexts: Sequence[dict[str, Tensor]], targets: Sequence[dict[str, Tensor]]) -> dict:
-        """Keyword arguments of the denoiser for N (context, target) records already on the device."""
+        """Keyword arguments of the denoiser for N records: contexts on the device, targets on the CPU as cached."""
         raise NotImplementedError
 
     # -- loading -----------------------------------------------------------------------------------------------------
@@ -240,14 +241,16 @@ class DiffusionPolicy:
         num_draws = len(requests[0].keys)
         flat = [(request, key) for request in requests for key in request.keys]
         assert len(flat) == len(requests) * num_draws, "all requests of one call have the same number of draws"
-        targets = [{name: value.to(self.device) for name, value in r.target.items()} for r, _ in flat]
+        targets = [r.target for r, _ in flat]
         contexts = [{name: value.to(self.device) for name, value in r.context.items()} for r, _ in flat]
         t_N = torch.tensor(
             [self.schedule.timestep(randomness.stratified_uniform(k.seed, "t", k.row_id, k.draw)) for _, k in flat]
         ).to(self.device)
         shape = tuple(targets[0]["mean"].shape)
         noise = self._noise(shape, "noise", [key for _, key in flat])
-        mean, logvar = (torch.stack([target[n] for target in targets]).float() for n in ("mean", "logvar"))
+        mean, logvar = (
+            torch.stack([target[name] for target in targets]).to(self.device).float() for name in ("mean", "logvar")
+        )
         latents = mean + torch.exp(0.5 * logvar) * self._noise(shape, "vae", [key for _, key in flat])
         latents = self.normalise(latents)
         noised, target = self.schedule.noised(latents, noise, t_N), self.schedule.target(latents, noise, t_N)
@@ -369,7 +372,7 @@ def load_or_explain(path: str, load: Any) -> Any:
     """Run a hub or disk loader; turn its many failures into one line that names the path and the fix."""
     try:
         return load()
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         text = " ".join(str(error).split())
         raise ValueError(
             f"cannot load {path!r}: {text[:400]}. Give a local folder, a hub id, or builtin:NAME"

@@ -51,6 +51,7 @@ class Views:
         self._make_reference = make_reference
         self._reference: nn.Module | None = None
         self._ema: Any = None
+        self._layers: list[Any] = []
         self.current: View = "policy"
         network.requires_grad_(False)
         if not train:
@@ -120,11 +121,11 @@ class Views:
         if not self._lora:
             yield
             return
-        self._activate(self._stacked)
+        self._switch(self._stacked)
         try:
             yield
         finally:
-            self._activate([*self._stacked, ADAPTER])
+            self._switch([*self._stacked, ADAPTER])
 
     @contextmanager
     def _ema_view(self) -> Iterator[None]:
@@ -138,17 +139,21 @@ class Views:
         finally:
             self._ema.restore(parameters)
 
+    def _switch(self, names: list[str]) -> None:
+        """Make exactly `names` active, in every step and therefore without PEFT's public walk over all modules.
+
+        The public calls also flip `requires_grad`, of frozen adapters too; on SDXL they take 60 ms of host time each way.
+        """
+        for layer in self._layers:
+            layer._active_adapter = list(names)
+
     def _activate(self, names: list[str]) -> None:
-        """Make exactly `names` active. PEFT flips `requires_grad` on the way, also of frozen adapters: set it back."""
+        """Make `names` active through PEFT, once, and let only the trained adapter require gradients."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        for module in self.network.modules():
-            if isinstance(module, BaseTunerLayer):
-                if names:
-                    module.set_adapter(names)
-                    module.enable_adapters(True)
-                else:
-                    module.enable_adapters(False)
+        self._layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in self._layers:
+            layer.set_adapter(names)
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(f".{ADAPTER}." in name)
 

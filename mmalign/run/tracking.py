@@ -33,7 +33,8 @@ class Meter:
     def add(self, metrics: Mapping[str, Tensor]) -> None:
         """Add scalars that are already this step's share of a mean."""
         for name, value in metrics.items():
-            value = value.detach().double()
+            value = value.detach()
+            value = value if value.device.type == "mps" else value.double()  # no float64 there
             self._sums[name] = self._sums[name].to(value.device) + value if name in self._sums else value
 
     def pending(self) -> dict[str, float]:
