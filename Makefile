@@ -10,7 +10,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
-DEMO := configs/synthetic/sdxl_diffusion_dpo_full.yaml
+DEMO := configs/synthetic/sdxl_diffusion_dpo_anchored_full.yaml
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -40,12 +40,14 @@ class Recipe:
 
 RECIPES = {
     "dpo_full": Recipe("synthetic/sdxl_diffusion_dpo_full.yaml", (), "better"),
-    "dpo_full_swapped": Recipe("synthetic/sdxl_diffusion_dpo_full.yaml", ("data.swap=true",), "worse"),
+    "dpo_full_swapped": Recipe("synthetic/sdxl_diffusion_dpo_full.yaml", ("data.swap=true", "train.stop=null"), "worse"),
     "dpo_full_shuffled": Recipe("synthetic/sdxl_diffusion_dpo_full.yaml", ("data.label_noise=0.5",), "same"),
     "dpo_lora": Recipe("synthetic/sdxl_diffusion_dpo_lora.yaml", (), "better"),
+    "dpo_anchored": Recipe("synthetic/sdxl_diffusion_dpo_anchored_full.yaml", (), "better"),
     "mapo_full": Recipe("synthetic/sdxl_mapo_full.yaml", (), "better"),
     "mapo_full_swapped": Recipe("synthetic/sdxl_mapo_full.yaml", ("data.swap=true",), "worse"),
     "mapo_lora": Recipe("synthetic/sdxl_mapo_lora.yaml", (), "better"),
+    # The winner term alone, on the same rows and settings as mapo_full: what the margin adds is the difference.
     "sft_full": Recipe("synthetic/sdxl_mapo_full.yaml", ("method.preset=sft",), "control"),
 }
 
