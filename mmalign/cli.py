@@ -214,6 +214,9 @@ def main() -> None:
         sys.exit(2)
     try:
         app()
+    except KeyboardInterrupt:
+        print("interrupted; start the same command again to continue", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
         if os.environ.get("MMALIGN_DEBUG") or not _is_for_users(error):
             raise

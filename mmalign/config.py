@@ -110,7 +110,7 @@ class DataConfig(Section):
     """K > 0: precompute the reference's scores for K draws per row and cycle through them (no reference forward in the
     loop). 0: score the reference in every step with fresh draws."""
     num_workers: int = Field(0, ge=0)
-    """Loader processes. 0 is right with `cache: true`."""
+    """Threads that prepare batches ahead. 0 is right with `cache: true`."""
 
 
 class EmaConfig(Section):
@@ -125,7 +125,7 @@ class StopConfig(Section):
     above: float
     """Stop when the moving average of the metric exceeds this."""
     smoothing: float = Field(0.9, ge=0, lt=1)
-    """Weight of the past in the moving average."""
+    """Weight of the past in the moving average, per logged line (`run.log_every` steps)."""
 
 
 class TrainConfig(Section):
@@ -240,6 +240,27 @@ class Config(Section):
     run: RunConfig = RunConfig()
     output_dir: str
     """Run folder."""
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> Config:
+        """An option that would do nothing is a mistake, not a default."""
+        data, train = self.data, self.train
+        idle = {
+            "evaluate.every": self.evaluate.every is not None and self.evaluate.prompts is None,
+            "data.num_crops": data.num_crops > 1 and data.crop == "center",
+            "data.cache_dir": data.cache_dir is not None and not data.cache,
+            "train.betas": train.optimizer == "adafactor" and train.betas != TrainConfig.model_fields["betas"].default,
+        }
+        reasons = {
+            "evaluate.every": "previews need evaluate.prompts",
+            "data.num_crops": "crop: center has one crop; set data.crop=random",
+            "data.cache_dir": "data.cache is false",
+            "train.betas": "adafactor has no Adam moments",
+        }
+        for key, without_effect in idle.items():
+            if without_effect:
+                raise ValueError(f"{key} would do nothing: {reasons[key]}")
+        return self
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ Left out on purpose: callbacks, and any branch on a model family or a method's n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmalign.config import ConfigError, LoadedConfig
 from mmalign.run.folder import RunResult
-from mmalign.run.reference import ReferenceCache, score_reference
+from mmalign.run.reference import ReferenceCache, chunked, score_reference
 from mmalign.run.session import Session
 from mmalign.types import Batch, LossPart, Score
 
@@ -33,10 +33,10 @@ def train(loaded: LoadedConfig) -> RunResult:
         if session.already_finished is not None:
             return session.already_finished
         config, accelerator = session.config.train, session.accelerator
-        policy, method = session.load_policy(), session.load_method()
-        batches = session.load_data(policy)
+        method, policy = session.load_method(), session.load_policy()
+        batches = session.load_data(policy, method)
         reference = session.cache_reference(policy, method, batches)
-        state = session.restore(policy)
+        state = session.restore(policy, batches)
         session.preflight(policy, method, batches, reference, state)
         optimizer, scheduler, ema = session.optimizer, session.scheduler, session.ema
         parameters = [parameter for _, parameter in policy.trainable()]
@@ -48,52 +48,64 @@ def train(loaded: LoadedConfig) -> RunResult:
                     batch = next(stream)
                     last_micro = micro == config.accumulate - 1
                     for loss, last_part in losses(policy, method, batch, reference, config.score_chunk, meter, config):
+                        # The forward belongs inside: DDP decides there whether its backward will synchronise.
                         with sync_only(last_micro and last_part, accelerator, policy):
-                            accelerator.backward(loss / config.accumulate)
+                            accelerator.backward(loss() / config.accumulate)
                 norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or float("inf"))
                 optimizer.step()
-                scheduler.step()
+                skipped = optimizer.step_was_skipped  # fp16 only: the gradient scaler met an overflow and halves itself
+                if not skipped:
+                    scheduler.step()
+                    if ema is not None:
+                        ema.step(parameters)
                 optimizer.zero_grad(set_to_none=True)
-                if ema is not None:
-                    ema.step(parameters)
                 state.step += 1
                 state.rows_seen += batches.rows_per_step
-                session.after_step(policy, state, meter, {"grad_norm": norm})
+                session.after_step(policy, state, meter, norm, skipped=skipped)
         return session.finish(policy, state)
 
 
 def losses(
     policy: Any, method: Any, batch: Batch, reference: ReferenceCache | None, chunk: int | None, meter: Any, config: Any
-) -> Iterator[tuple[Tensor, bool]]:
-    """The scalars to back-propagate for one micro-batch, each with whether it is the last.
+) -> Iterator[tuple[Callable[[], Tensor], bool]]:
+    """What to back-propagate for one micro-batch: functions that run the forward, each with whether it is the last.
 
     Joint: one forward of all requests. Score-then-backward (`train.score_chunk`): score everything without a graph, take
     ∂loss/∂score, then back-propagate gradient · score chunk by chunk; the same gradients with one chunk's memory.
     """
     requests = method.requests(batch)
-    reference_R = reference_scores(policy, method, batch, reference)
+    reference_R = reference_scores(policy, method, batch, reference, chunk)
     if chunk is None or chunk >= len(requests):
-        part = method.loss(batch, policy.score(requests), reference_R)
-        record(meter, part, config.accumulate)
-        yield part.loss_B.mean(), True
+
+        def joint() -> Tensor:
+            part = method.loss(batch, policy.score(requests), reference_R)
+            record(meter, part, config.accumulate)
+            return part.loss_B.mean()
+
+        yield joint, True
         return
-    chunks = [requests[start : start + chunk] for start in range(0, len(requests), chunk)]
     with torch.no_grad():
-        scores = [policy.score(some) for some in chunks]
-    value_R = torch.cat([score.value_R for score in scores]).requires_grad_(True)
-    score = Score(value_R, torch.cat([s.per_draw_RK for s in scores]), scores[0].kind)
-    part = method.loss(batch, score, reference_R)
+        score = chunked(policy, requests, chunk)
+    value_R = score.value_R.requires_grad_(True)
+    part = method.loss(batch, Score(value_R, score.per_draw_RK, score.kind), reference_R)
     record(meter, part, config.accumulate)
     (gradient_R,) = torch.autograd.grad(part.loss_B.mean(), value_R)
-    for index, (some, gradient) in enumerate(zip(chunks, gradient_R.split(chunk), strict=True)):
-        yield (policy.score(some).value_R * gradient).sum(), index == len(chunks) - 1
+    for start in range(0, len(requests), chunk):
+        some, gradient = requests[start : start + chunk], gradient_R[start : start + chunk]
+
+        def one(some: Any = some, gradient: Tensor = gradient) -> Tensor:
+            return (policy.score(some).value_R * gradient).sum()
+
+        yield one, start + chunk >= len(requests)
 
 
-def reference_scores(policy: Any, method: Any, batch: Batch, reference: ReferenceCache | None) -> Tensor | None:
+def reference_scores(
+    policy: Any, method: Any, batch: Batch, reference: ReferenceCache | None, chunk: int | None
+) -> Tensor | None:
     """`[R]` from the cache, from a forward under the reference view, or None for reference-free methods."""
     if not method.needs_reference:
         return None
-    return reference.get(batch) if reference is not None else score_reference(policy, method, batch)
+    return reference.get(batch) if reference is not None else score_reference(policy, method, batch, chunk)
 
 
 def record(meter: Any, part: LossPart, accumulate: int) -> None:

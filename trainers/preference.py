@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mmalign import registry
-from mmalign.types import Batch, LossPart, Request, Score
+from mmalign.types import Batch, DataError, LossPart, Request, Row, Score
 
 INPUTS = (
     "chosen_ratio_B",
@@ -54,6 +54,7 @@ class Preference:
         asked = {name for term in self.terms for name in term.inputs}
         self.needs_reference = bool(asked & {"chosen_ratio_B", "rejected_ratio_B"})
         self.needs_rejected = bool(asked & {"rejected_ratio_B", "rejected_score_B"})
+        self._hard = [t.name for t in self.terms if "preference_B" not in t.inputs and t.name != "sft"]
 
     @property
     def golden_loss(self) -> float | None:
@@ -69,6 +70,24 @@ class Preference:
     @property
     def requests_per_row(self) -> int:
         return 2 if self.needs_rejected else 1
+
+    def check_rows(self, rows: Sequence[Row]) -> None:
+        """Refuse, before training, rows that the losses would misread. Raises `DataError` naming the first."""
+        paired = [row for row in rows if row.rejected is not None]
+        if self.needs_rejected and len(paired) != len(rows):
+            lone = next(row for row in rows if row.rejected is None)
+            raise DataError(
+                f"{lone.source}: no `rejected`, but the configured losses compare pairs. Leave such rows out, or train on "
+                f"them with method.preset=sft"
+            )
+        if paired and len(paired) != len(rows):
+            raise DataError("rows with and without `rejected` are mixed; use one kind per run")
+        soft = next((row for row in paired if row.preference != 1), None)
+        if soft is not None and self._hard:
+            raise DataError(
+                f"{soft.source}: preference {soft.preference}, but {', '.join(self._hard)} would count it as a win of "
+                f"`chosen`. Set data.options.ties=drop or use dpo, which reads soft labels"
+            )
 
     def requests(self, batch: Batch) -> list[Request]:
         rows = list(zip(batch.context, batch.chosen, batch.keys, strict=True))

@@ -94,8 +94,7 @@ class Batches:
         flips = [self._flip(row, ds[0]) for row, ds in zip(rows, draws, strict=True)]
         prompts = [self._prompt(row, ds[0]) for row, ds in zip(rows, draws, strict=True)]
         paired = [row for row in rows if row.rejected is not None]
-        if paired and len(paired) != len(rows):
-            raise ValueError("a batch mixes rows with and without `rejected`; use one kind per run")
+        assert len(paired) in (0, len(rows)), "rows with and without `rejected` are told apart before training"
         sides = [row.chosen for row in rows] + [row.rejected for row in paired if row.rejected is not None]
         repeat = 2 if paired else 1
         images = self.features.images(sides, [row.id for row in rows] * repeat, crops * repeat, flips * repeat)

@@ -24,6 +24,7 @@ from mmalign.types import DataError, ImageRef, Row
 
 if TYPE_CHECKING:
     from mmalign.config import DataConfig
+    from mmalign.data.digests import DigestIndex
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -134,6 +135,16 @@ def fingerprint(rows: Iterable[Row]) -> str:
         parts += [_image_name(row.chosen), None if row.rejected is None else _image_name(row.rejected)]
         state.update(json.dumps(parts).encode())
         state.update(b"\n")
+    return state.hexdigest()
+
+
+def content_fingerprint(named: str, rows: Iterable[Row], digests: DigestIndex) -> str:
+    """`fingerprint` with the content of every image in it: a file replaced under the same name is other data."""
+    state = hashlib.blake2b(named.encode(), digest_size=16)
+    for row in rows:
+        for ref in (row.chosen, row.rejected):
+            if ref is not None:
+                state.update(digests.digest(ref).encode())
     return state.hexdigest()
 
 

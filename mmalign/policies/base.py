@@ -28,6 +28,9 @@ class Policy(Protocol):
     default_guidance_scale: float
     default_num_steps: int
     resolution: int
+    attention: str
+    denoiser: nn.Module
+    """What a training forward goes through; the loop replaces it by its DDP wrapper."""
 
     def encode_key(self, kind: Literal["image", "prompt"]) -> str:
         """Identity of the frozen encoder and its settings; part of every cache key, so that a change invalidates."""

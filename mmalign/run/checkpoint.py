@@ -38,7 +38,6 @@ class LoopState:
     reference: str = ""
     encoders: str = ""
     data: str = ""
-    config_steps: int = 0
 
 
 @dataclass
@@ -122,7 +121,7 @@ def restore(checkpoint: Path, trainable: Trainable) -> LoopState:
 def _explained(checkpoint: Path) -> Iterator[None]:
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # each format raises its own types on a damaged file
         older = [path for path in complete(checkpoint.parent) if path != checkpoint]
@@ -141,6 +140,12 @@ def _restore(checkpoint: Path, trainable: Trainable) -> LoopState:
         raise CheckpointError(
             f"{checkpoint} does not fit this network (missing {missing}, unexpected {extra}). Give a new output_dir"
         )
+    other = [name for name, parameter in trainable.parameters if tensors[name].shape != parameter.shape]
+    if other:
+        raise CheckpointError(
+            f"{checkpoint} does not fit this network: {other[0]} is {tuple(tensors[other[0]].shape)} there. "
+            f"Give a new output_dir"
+        )
     with torch.no_grad():
         for name, parameter in trainable.parameters:
             parameter.copy_(tensors[name])
@@ -156,7 +161,7 @@ def _restore(checkpoint: Path, trainable: Trainable) -> LoopState:
     rng = _load(checkpoint / "rng.pt")
     torch.set_rng_state(rng["torch"])
     if torch.cuda.is_available() and "cuda" in rng:
-        torch.cuda.set_rng_state_all(rng["cuda"])
+        torch.cuda.set_rng_state(rng["cuda"])
     return read_state(checkpoint)
 
 
@@ -167,5 +172,5 @@ def _load(path: Path) -> Any:
 def _rng_state() -> dict[str, Any]:
     state: dict[str, Any] = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+        state["cuda"] = torch.cuda.get_rng_state()
     return state

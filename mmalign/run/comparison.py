@@ -13,7 +13,7 @@ from mmalign.config import Config, ConfigError, EvaluateConfig, ModelConfig, Rew
 from mmalign.evaluation.compare import compare_models
 from mmalign.policies.load import default_device, load_policy
 from mmalign.reward import load_rewards
-from mmalign.run.session import quiet_libraries
+from mmalign.run.environment import quiet_libraries
 
 
 def compare(

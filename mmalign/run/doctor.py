@@ -22,9 +22,9 @@ from mmalign.data.features import Features
 from mmalign.data.load import load_rows
 from mmalign.policies.load import default_device, load_policy
 from mmalign.run.atomic import write_text
+from mmalign.run.environment import quiet_libraries
 from mmalign.run.preflight import PreflightError, probe
 from mmalign.run.reference import score_reference
-from mmalign.run.session import quiet_libraries
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "xformers")
 GIB = 2**30
@@ -79,6 +79,7 @@ def examine_config(config: Config, console: Console) -> tuple[dict[str, Any], li
     problems += [f"data: {f.count} rows {f.meaning}" for f in audit.findings if f.severity == "error"]
     row_set = load_rows(config.data, seed=config.train.seed)
     method = registry.resolve("method", config.method.name)(**config.method.options())
+    method.check_rows(row_set.rows)
     features = Features(policy, config.data, None, seed=config.train.seed)
     batches = Batches(
         row_set.rows,
@@ -92,8 +93,9 @@ def examine_config(config: Config, console: Console) -> tuple[dict[str, Any], li
     batch = batches.make(batches.visits(0, 0))
     golden: list[str] = []
     try:
-        reference_R = score_reference(policy, method, batch) if method.needs_reference else None
-        golden = probe(policy, method, batch, reference_R, dtype=config.model.dtype, cached=False).lines()
+        chunk = config.train.score_chunk
+        reference_R = score_reference(policy, method, batch, chunk) if method.needs_reference else None
+        golden = probe(policy, method, batch, reference_R, dtype=config.model.dtype, cached=False, chunk=chunk).lines()
     except PreflightError as error:
         problems.append(f"golden numbers: {error}")
     memory = memory_estimate(config, policy, method, batch)
@@ -126,7 +128,10 @@ def memory_estimate(config: Config, policy: Any, method: Any, batch: Any) -> dic
     if config.train.ema is not None:
         parts["moving average"] = {"parameters": 0, "bytes": 4.0 * count}
     if method.needs_reference and config.model.lora is None and not config.data.cache_reference:
-        parts["reference copy"] = _part(list(policy.views.reference().parameters()))
+        loaded = {id(p) for module in policy.modules().values() for p in module.parameters()}
+        with policy.view("reference"):
+            copy = [p for module in policy.modules().values() for p in module.parameters() if id(p) not in loaded]
+        parts["reference copy"] = _part(copy)
     requests = method.requests(batch)[: config.train.score_chunk]
     parts["activations"] = {"parameters": 0, "bytes": float(saved_bytes(policy, requests))}
     parts["total"] = {

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmalign.run.reference import chunked
 from mmalign.types import Batch, Score
 
 # Rounding of one score relative to its size: same kernel and batch shape, or another shape (a cached reference).
@@ -33,6 +34,7 @@ class Preflight:
     score_gradient: float
     num_tensors: int
     num_zero_gradients: int
+    metrics: tuple[str, ...]
 
     def lines(self) -> list[str]:
         golden = f"{self.golden:.6f} ± {self.tolerance:.1e}" if self.golden is not None else "none declared"
@@ -46,17 +48,31 @@ class Preflight:
         ]
 
 
-def probe(policy: Any, method: Any, batch: Batch, reference_R: Tensor | None, *, dtype: str, cached: bool) -> Preflight:
+def probe(
+    policy: Any,
+    method: Any,
+    batch: Batch,
+    reference_R: Tensor | None,
+    *,
+    dtype: str,
+    cached: bool,
+    chunk: int | None = None,
+) -> Preflight:
     """Score, loss and backward on one batch; gradients are cleared again and no randomness is consumed.
+
+    Scores are taken without a graph, as the reference's are, and back-propagated `chunk` requests at a time: the check
+    needs no more memory than a training step.
 
     Raises `PreflightError` naming the check, what was seen and what was expected.
     """
-    score = policy.score(method.requests(batch))
+    requests = method.requests(batch)
+    with torch.no_grad():
+        score = chunked(policy, requests, chunk)
     if score.kind not in method.accepts:
         raise PreflightError(
             f"this policy gives {score.kind!r} scores, the configured losses are defined for {sorted(method.accepts)}"
         )
-    value_R = score.value_R.detach().requires_grad_(True)
+    value_R = score.value_R.requires_grad_(True)
     part = method.loss(batch, Score(value_R, score.per_draw_RK, score.kind), reference_R)
     loss = part.loss_B.mean()
     (gradient_R,) = torch.autograd.grad(loss, value_R)
@@ -69,7 +85,9 @@ def probe(policy: Any, method: Any, batch: Batch, reference_R: Tensor | None, *,
             f"before training. A stale reference cache, a wrong adapter below model.adapters, or non-deterministic kernels"
         )
     accuracy = part.metrics.get("implicit_accuracy") if reference_R is not None else None
-    (score.value_R * gradient_R).sum().backward()
+    size = chunk or len(requests)
+    for start in range(0, len(requests), size):
+        (policy.score(requests[start : start + size]).value_R * gradient_R[start : start + size]).sum().backward()
     names = [name for name, _ in policy.trainable()]
     gradients = [parameter.grad for _, parameter in policy.trainable()]
     absent = [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
@@ -91,6 +109,7 @@ def probe(policy: Any, method: Any, batch: Batch, reference_R: Tensor | None, *,
         score_gradient=float(gradient_R.abs().mean()) * len(batch),
         num_tensors=len(names),
         num_zero_gradients=num_zero,
+        metrics=("loss", *part.metrics, "grad_norm"),
     )
 
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mmalign.data.batches import Batches
 from mmalign.run.atomic import write_bytes
-from mmalign.types import Batch
+from mmalign.types import Batch, Request, Score
 
 SAVE_EVERY = 200
 
@@ -36,30 +37,39 @@ class ReferenceCache:
         self.path = path
         self.fingerprint = hashlib.blake2b(fingerprint.encode(), digest_size=12).hexdigest()
         self.table = torch.full((num_rows, num_visits, requests_per_row), float("nan"))
-        if path.is_file():
-            found = load_file(path)
+        found = _load(path)
+        if found is not None:
             stored = bytes(found["fingerprint"].tolist()).decode() if "fingerprint" in found else ""
             if stored == self.fingerprint and found["table"].shape == self.table.shape:
                 self.table = found["table"]
 
     def build(self, policy: Any, method: Any, batches: Batches, *, batch_size: int, progress: Any) -> int:
-        """Fill what is missing; returns the number of scored (row, visit) pairs."""
+        """Fill this process's share of what is missing; returns the number of scored (row, visit) pairs."""
         missing = [tuple(index) for index in torch.isnan(self.table[:, :, 0]).nonzero().tolist()]
         missing.sort(key=lambda place: (place[1], place[0]))
+        missing = missing[batches.rank :: batches.world_size]
         done = 0
         for number, start in enumerate(range(0, len(missing), batch_size)):
             visits = missing[start : start + batch_size]
             self.put(visits, score_reference(policy, method, batches.make(visits)))
             done += len(visits)
             progress(done, len(missing))
-            if number % SAVE_EVERY == SAVE_EVERY - 1:
+            if number % SAVE_EVERY == SAVE_EVERY - 1 and batches.rank == 0:
                 self.save()
-        if done:
-            self.save()
         return done
+
+    def merge(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Join the shares of all processes; `reduce` sums a tensor over them."""
+        filled = (~torch.isnan(self.table)).float()
+        total, count = reduce(torch.nan_to_num(self.table)), reduce(filled)
+        self.table = torch.where(count > 0, total / count.clamp(min=1), self.table)
 
     def put(self, visits: Sequence[tuple[int, int]], score_R: Tensor) -> None:
         score_QB = score_R.float().cpu().view(self.table.shape[2], len(visits))
+        if not bool(torch.isfinite(score_QB).all()):
+            raise FloatingPointError(
+                f"the reference scores rows {[row for row, _ in visits]} as not finite: {score_QB}"
+            )
         for column, (row, visit) in enumerate(visits):
             self.table[row, visit] = score_QB[:, column]
 
@@ -75,11 +85,31 @@ class ReferenceCache:
 
 
 @torch.no_grad()
-def score_reference(policy: Any, method: Any, batch: Batch) -> Tensor:
-    """`[R]` reference scores of the method's requests."""
+def score_reference(policy: Any, method: Any, batch: Batch, chunk: int | None = None) -> Tensor:
+    """`[R]` reference scores of the method's requests, at the policy's own batch shapes."""
     with policy.view("reference"):
-        return policy.score(method.requests(batch)).value_R
+        return chunked(policy, method.requests(batch), chunk).value_R
+
+
+def chunked(policy: Any, requests: Sequence[Request], chunk: int | None) -> Score:
+    """Score at most `chunk` requests per forward."""
+    size = chunk or len(requests)
+    scores = [policy.score(requests[start : start + size]) for start in range(0, len(requests), size)]
+    if len(scores) == 1:
+        return scores[0]
+    value_R = torch.cat([score.value_R for score in scores])
+    return Score(value_R, torch.cat([score.per_draw_RK for score in scores]), scores[0].kind)
 
 
 def cache_fingerprint(**parts: Any) -> str:
     return json.dumps(parts, sort_keys=True, default=str)
+
+
+def _load(path: Path) -> dict[str, Tensor] | None:
+    """The stored table; None if there is none or it is damaged (it is built again)."""
+    if not path.is_file():
+        return None
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError):
+        return None

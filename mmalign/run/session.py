@@ -9,30 +9,32 @@ import errno
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
 from safetensors import SafetensorError
 from torch import Tensor
 
 from mmalign import randomness, registry
-from mmalign.config import Config, LoadedConfig, dump
+from mmalign.config import Config, ConfigError, LoadedConfig, dump
 from mmalign.data.batches import Batches
 from mmalign.data.cache import FeatureCache, build_cache, cache_folder
 from mmalign.data.features import Features
-from mmalign.data.load import drop_bad, load_rows, verify_images
+from mmalign.data.load import content_fingerprint, drop_bad, load_rows, verify_images
 from mmalign.evaluation.compare import evaluate, read_prompts
 from mmalign.policies.load import load_policy
+from mmalign.registry import nearest
 from mmalign.reward import load_rewards
 from mmalign.run import atomic, checkpoint, optim
 from mmalign.run.checkpoint import LoopState, Trainable
+from mmalign.run.environment import make_accelerator, peak_memory, quiet_libraries
 from mmalign.run.folder import RunFolder, RunResult
+from mmalign.run.phases import Phases
 from mmalign.run.preflight import probe
 from mmalign.run.preview import draw_preview
 from mmalign.run.reference import ReferenceCache, cache_fingerprint, score_reference
@@ -40,6 +42,7 @@ from mmalign.run.signals import Interruption
 from mmalign.run.tracking import Bar, Meter, Tracker, check_finite
 
 logger = logging.getLogger("mmalign")
+MAX_SKIPPED = 50
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -48,21 +51,22 @@ class Session:
 
     def __init__(self, loaded: LoadedConfig) -> None:
         self.config: Config = loaded.config
-        mixed = "fp16" if self.config.model.dtype == "fp16" else "no"  # only for its gradient scaler
-        self.accelerator = Accelerator(mixed_precision=mixed)
+        self.accelerator = make_accelerator(self.config.model.dtype)
         self.is_main = self.accelerator.is_main_process
         self.console = Console(stderr=False, quiet=not self.is_main)
         self.folder = RunFolder(loaded, is_main=self.is_main)
         self.already_finished = self.folder.finished()
         self.interruption = Interruption()
-        self.stopped_by_rule = False
-        self.seconds: dict[str, float] = {}
+        self.interrupted = self.stopped_by_rule = False
+        self.phases = Phases()
         self.optimizer: Any = None
         self.scheduler: Any = None
         self.ema: Any = None
         self.tracker: Tracker | None = None
         self._bar: Bar | None = None
         self._data_fingerprint = ""
+        self._reference_idle = False
+        self._skipped_in_a_row = 0
 
     def __enter__(self) -> Session:
         quiet_libraries()
@@ -92,20 +96,22 @@ class Session:
 
     @property
     def should_stop(self) -> bool:
-        return bool(self.interruption.requested) or self.stopped_by_rule
+        return self.interrupted or self.stopped_by_rule
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 
     def load_policy(self) -> Any:
         config = self.config
-        if config.evaluate.prompts is not None:
-            read_prompts(config.evaluate.prompts, config.evaluate.limit)  # a bad list should not cost a training
         with self.phase("load"):
+            if config.evaluate.prompts is not None:
+                # A bad prompt list or a reward that cannot load should not cost a training first.
+                read_prompts(config.evaluate.prompts, config.evaluate.limit)
+                load_rewards([*config.evaluate.rewards, *config.evaluate.held_out], "cpu")
             policy = load_policy(config.model, data=config.data, device=self.accelerator.device, seed=config.train.seed)
         trained = sum(parameter.numel() for _, parameter in policy.trainable())
         total = sum(p.numel() for module in policy.modules().values() for p in module.parameters())
         self.say(
-            f"[bold]{config.model.family}[/] from {config.model.path} on {policy.device}, {config.model.dtype}, "
+            f"{config.model.family} from {config.model.path} on {policy.device}, {config.model.dtype}, "
             f"attention: {policy.attention}; training {trained:,} of {total:,} parameters "
             f"({'LoRA' if config.model.lora else 'full'})"
         )
@@ -115,13 +121,14 @@ class Session:
         method = self.config.method
         return registry.resolve("method", method.name)(**method.options())
 
-    def load_data(self, policy: Any) -> Batches:
+    def load_data(self, policy: Any, method: Any) -> Batches:
         """Read and check the rows, encode what is not cached yet."""
         config, seed = self.config, self.config.train.seed
         bad_rows = self.folder.path / "bad_rows.jsonl" if self.is_main else None
         cache = FeatureCache(cache_folder(config.data)) if config.data.cache else None
         with self.phase("data"):
             row_set = load_rows(config.data, seed=seed, bad_rows_path=bad_rows)
+            method.check_rows(row_set.rows)
             if cache is None and config.data.on_bad_row == "skip":
                 row_set = verify_images(row_set, config.data, bad_rows_path=bad_rows)
         if cache is not None:
@@ -135,6 +142,9 @@ class Session:
             self.say(f"cache: {report}")
         rows = row_set.rows
         self._data_fingerprint = row_set.fingerprint
+        if cache is not None:
+            # With a cache every image has been read: its content counts, not only its name.
+            self._data_fingerprint = content_fingerprint(row_set.fingerprint, rows, cache.digests)
         counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in row_set.counts.items() if value)
         self.say(f"data: {config.data.path}: {counts}")
         features = Features(policy, config.data, cache, seed=seed)
@@ -153,10 +163,14 @@ class Session:
     def cache_reference(self, policy: Any, method: Any, batches: Batches) -> ReferenceCache | None:
         """Build the table of reference scores if `data.cache_reference` asks for it."""
         self._reference_fingerprint = policy.reference_fingerprint()
-        draws = self.config.data.cache_reference
-        if not draws or not method.needs_reference:
+        config, draws = self.config, self.config.data.cache_reference
+        self._reference_idle = bool(draws) or not method.needs_reference
+        if draws and not method.needs_reference:
+            raise ConfigError(
+                f"data.cache_reference = {draws} does nothing here: none of the configured losses uses a reference"
+            )
+        if not draws:
             return None
-        config = self.config
         fingerprint = cache_fingerprint(
             reference=self._reference_fingerprint,
             encoders=[policy.encode_key("image"), policy.encode_key("prompt")],
@@ -181,6 +195,10 @@ class Session:
                 policy, method, batches, batch_size=config.train.batch_size, progress=self._progress("reference")
             )
             self._close_bar()
+            if self.accelerator.num_processes > 1:
+                table.merge(lambda part: self.accelerator.reduce(part.to(self.accelerator.device), "sum").cpu())
+            if self.is_main:
+                table.save()
         if built:
             visits = config.train.steps * batches.rows_per_step
             self.say(
@@ -190,7 +208,7 @@ class Session:
         policy.release_reference()
         return table
 
-    def restore(self, policy: Any) -> LoopState:
+    def restore(self, policy: Any, batches: Batches) -> LoopState:
         """Optimizer, schedule and EMA; then the newest complete checkpoint, if there is one."""
         config = self.config
         randomness.seed_process(config.train.seed, self.accelerator.process_index)
@@ -205,7 +223,13 @@ class Session:
         if newest is not None:
             self._check_belongs(checkpoint.read_state(newest), state, newest)
             state = checkpoint.restore(newest, self._trainable(policy))
-            self.seconds = {**state.seconds, **self.seconds}
+            if state.rows_seen != state.step * batches.rows_per_step:
+                raise checkpoint.CheckpointError(
+                    f"{newest} was written with {state.rows_seen // state.step} rows per step, this start would use "
+                    f"{batches.rows_per_step}: another number of processes. Start as many as before, or change "
+                    f"train.accumulate or train.batch_size in a new output_dir"
+                )
+            self.phases.add(state.seconds)
             rule = config.train.stop
             self.stopped_by_rule = bool(rule and state.stop_average is not None and state.stop_average > rule.above)
             self.say(f"resumed from {newest} (step {state.step} of {config.train.steps})")
@@ -239,8 +263,23 @@ class Session:
             batch = batches.make(batches.visits(0, 0))
             reference_R = None
             if method.needs_reference:
-                reference_R = reference.get(batch) if reference else score_reference(policy, method, batch)
-            found = probe(policy, method, batch, reference_R, dtype=config.model.dtype, cached=reference is not None)
+                chunk = config.train.score_chunk
+                reference_R = reference.get(batch) if reference else score_reference(policy, method, batch, chunk)
+            found = probe(
+                policy,
+                method,
+                batch,
+                reference_R,
+                dtype=config.model.dtype,
+                cached=reference is not None,
+                chunk=config.train.score_chunk,
+            )
+        rule = config.train.stop
+        if rule is not None and rule.metric not in found.metrics:
+            raise ConfigError(
+                f"train.stop.metric = {rule.metric!r} is not logged by this method{nearest(rule.metric, found.metrics)}. "
+                f"Logged: {', '.join(sorted(found.metrics))}"
+            )
         for line in found.lines():
             self.say(f"preflight: {line}")
 
@@ -252,15 +291,27 @@ class Session:
         self._bar = Bar(self.console, "train", self.config.train.steps, state.step, enabled=self.is_main)
         self._steps_here, self._rows_at_start = state.step, state.rows_seen
         self._train_started = time.monotonic()
-        with self.phase("train"):
+        with self.phase("train"), self.interruption.graceful():
             yield self._meter
         self._close_bar()
 
-    def after_step(self, policy: Any, state: LoopState, meter: Meter, metrics: Mapping[str, Tensor]) -> None:
-        """Log, preview, checkpoint: whatever this step number calls for."""
+    def after_step(self, policy: Any, state: LoopState, meter: Meter, norm: Tensor, *, skipped: bool) -> None:
+        """Log, preview, checkpoint: whatever this step number calls for.
+
+        `skipped`: the fp16 scaler dropped this step after an overflow; a few at the start are how it finds its scale.
+        """
         config = self.config
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if self._skipped_in_a_row == MAX_SKIPPED:
+            raise FloatingPointError(
+                f"step {state.step}: the fp16 gradient overflowed {MAX_SKIPPED} times in a row. Use model.dtype=bf16"
+            )
+        metrics = {"grad_norm": torch.zeros_like(norm) if skipped else norm}
+        if self.accelerator.scaler is not None:
+            metrics["step_skipped"] = torch.full_like(norm, float(skipped))
         meter.add(metrics)
         meter.num_steps += 1
+        self.interrupted = self._anyone(bool(self.interruption.requested))
         last = state.step == config.train.steps
         if state.step % config.run.log_every == 0 or last:
             self._log(state, meter)
@@ -272,6 +323,13 @@ class Session:
         due = config.checkpoint.every and state.step % config.checkpoint.every == 0
         if due or last or self.should_stop:
             self.checkpoint(policy, state, meter)
+
+    def _anyone(self, asked: bool) -> bool:
+        """Whether any process was asked to stop: all must leave after the same step, or the others wait forever."""
+        if self.accelerator.num_processes == 1:
+            return asked
+        flag = torch.tensor(float(asked), device=self.accelerator.device)
+        return float(self.accelerator.reduce(flag, "sum")) > 0
 
     def _log(self, state: LoopState, meter: Meter) -> None:
         reduce = (lambda t: self.accelerator.reduce(t, "mean")) if self.accelerator.num_processes > 1 else None
@@ -294,8 +352,6 @@ class Session:
         rule = self.config.train.stop
         if rule is None:
             return
-        if rule.metric not in means:
-            raise ValueError(f"train.stop.metric {rule.metric!r} is not logged. Logged: {', '.join(sorted(means))}")
         old = state.stop_average
         value = means[rule.metric]
         state.stop_average = value if old is None else rule.smoothing * old + (1 - rule.smoothing) * value
@@ -314,11 +370,14 @@ class Session:
             draw_preview(policy, self.config.evaluate, self.trained_view, path, f"step {state.step}")
             assert self.tracker is not None
             self.tracker.image(state.step, "preview", path)
+        if self._reference_idle:
+            policy.release_reference()  # made for the base images alone
 
     def checkpoint(self, policy: Any, state: LoopState, meter: Meter) -> None:
-        state.pending, state.pending_steps = meter.pending(), meter.num_steps
+        reduce = (lambda t: self.accelerator.reduce(t, "mean")) if self.accelerator.num_processes > 1 else None
+        state.pending, state.pending_steps = meter.pending(reduce), meter.num_steps
         check_finite(state.pending, state.step)
-        state.seconds = self.seconds_now()
+        state.seconds = self.phases.seconds()
         if self.is_main:
             with self.phase("checkpoint"):
                 checkpoint.save(
@@ -331,7 +390,7 @@ class Session:
     def finish(self, policy: Any, state: LoopState) -> RunResult:
         """Export, evaluate, summarise; or say how to go on after an interruption."""
         self._close_bar()
-        if self.interruption.requested:
+        if self.interrupted and state.step < self.config.train.steps:
             self.say(
                 f"interrupted at step {state.step} of {self.config.train.steps}; a checkpoint is written. "
                 f"Start the same command again to continue"
@@ -383,7 +442,7 @@ class Session:
         return "ema" if self.ema is not None else "policy"
 
     def _summarise(self, state: LoopState, status: str) -> RunResult:
-        seconds = self.seconds_now()
+        seconds = self.phases.seconds()
         summary: dict[str, Any] = {
             "status": status,
             "steps": state.step,
@@ -399,7 +458,7 @@ class Session:
 
     def _say_finished(self, result: RunResult) -> None:
         folder = result.folder
-        self.say(f"[bold]{result.summary['status']}[/] at step {result.summary['steps']}: {folder}")
+        self.say(f"{result.summary['status']} at step {result.summary['steps']}: {folder}")
         for name in ("grid.png", "report.html", "final"):
             if (folder / name).exists():
                 self.say(f"  {folder / name}")
@@ -409,26 +468,16 @@ class Session:
 
     def say(self, text: str) -> None:
         """One line to the user, from the main process; never broken, so that paths can be copied."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     # -- small things ------------------------------------------------------------------------------------------------
 
     def _trainable(self, policy: Any) -> Trainable:
         return Trainable(policy.trainable(), self.optimizer, self.scheduler, self.ema, self.accelerator.scaler)
 
-    def seconds_now(self) -> dict[str, float]:
-        return dict(self.seconds)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the block's wall time to `summary.seconds[name]`; nested phases are not counted twice."""
-        started = time.monotonic()
-        inner_before = sum(self.seconds.values())
-        try:
-            yield
-        finally:
-            inner = sum(self.seconds.values()) - inner_before
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started - inner
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """The block's wall time goes to `summary.seconds[name]`."""
+        return self.phases.phase(name)
 
     def _progress(self, title: str) -> Any:
         def update(done: int, total: int) -> None:
@@ -443,25 +492,3 @@ class Session:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the allocator's peak on CUDA, the process's peak resident size elsewhere."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def quiet_libraries() -> None:
-    """One progress bar is enough: silence those of the model libraries, keep their errors."""
-    import diffusers.utils.logging as diffusers_logging
-    import transformers.utils.logging as transformers_logging
-
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()

@@ -28,6 +28,7 @@ class Meter:
 
     def __init__(self, pending: Mapping[str, float], num_steps: int) -> None:
         self._sums: dict[str, Tensor] = {name: torch.tensor(v, dtype=torch.float64) for name, v in pending.items()}
+        # Restored sums stay float64 on the CPU until the first new value shows which device and type is used.
         self.num_steps = num_steps
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
@@ -35,13 +36,15 @@ class Meter:
         for name, value in metrics.items():
             value = value.detach()
             value = value if value.device.type == "mps" else value.double()  # no float64 there
-            self._sums[name] = self._sums[name].to(value.device) + value if name in self._sums else value
+            self._sums[name] = self._sums[name].to(value) + value if name in self._sums else value
 
-    def pending(self) -> dict[str, float]:
-        """The sums as numbers (one transfer), for a checkpoint or a line."""
+    def pending(self, reduce: Any = None) -> dict[str, float]:
+        """The sums as numbers (one transfer), for a checkpoint; `reduce` averages a tensor over processes."""
         if not self._sums:
             return {}
-        values = torch.stack([value.to(next(iter(self._sums.values())).device) for value in self._sums.values()])
+        values = torch.stack([value.to(next(iter(self._sums.values()))) for value in self._sums.values()])
+        if reduce is not None:
+            values = reduce(values)
         return dict(zip(self._sums, values.tolist(), strict=True))
 
     def flush(self, reduce: Any = None) -> dict[str, float]:
@@ -76,7 +79,7 @@ class Tracker:
         if kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tracker = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at or None)
+            self._tracker = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
         elif kind in ("wandb", "trackio"):
             module = _import_tracker(kind)
             self._tracker = module.init(project="mmalign", name=folder.name, config=config)

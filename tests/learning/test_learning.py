@@ -88,4 +88,3 @@ def test_scores_of_a_run_are_read_as_matrices(tmp_path: Path):
 
 def scores(value: float) -> dict[str, float]:
     return {f"synthetic_truth.{name}": value for name in MATRIX["MEASURES"]}
-

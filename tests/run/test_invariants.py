@@ -62,7 +62,7 @@ class Bench:
         for micro in range(train.accumulate):
             batch = self.batches.make(self.batches.visits(step, micro))
             for loss, _ in losses(self.policy, self.method, batch, None, chunk, Meter({}, 0), train):
-                (loss / train.accumulate).backward()
+                (loss() / train.accumulate).backward()
         found = {name: parameter.grad.clone() for name, parameter in self.policy.trainable()}
         for _, parameter in self.policy.trainable():
             parameter.grad = None
@@ -114,7 +114,8 @@ def test_two_processes_see_what_one_sees(bench):
 @pytest.mark.parametrize("num_draws", [1, 2])
 def test_score_then_backward_equals_the_joint_pass(bench, chunk, num_draws):
     subject = bench(train={"batch_size": 4, "num_draws": num_draws})
-    assert_same(subject.gradients(), subject.gradients(chunk=chunk))
+    # Each score is rounded at another batch shape, and the loss multiplies that rounding by its slope.
+    assert_same(subject.gradients(), subject.gradients(chunk=chunk), tolerance=1e-4)
 
 
 def test_cached_equals_uncached_with_random_crops_and_flips(bench):

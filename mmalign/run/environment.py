@@ -1,0 +1,47 @@
+"""The process: accelerate, memory, and the chatter of the libraries below."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
+
+
+def make_accelerator(dtype: str) -> Accelerator:
+    """accelerate for processes, gradient sync and the fp16 scaler; precision itself is the policy's autocast.
+
+    The others wait at a barrier while the main process evaluates, far longer than the default of ten minutes. A single
+    process starts from a clean state, so that a notebook may train in one precision after another.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(
+        mixed_precision="fp16" if dtype == "fp16" else "no",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on CUDA, the process's peak resident size elsewhere."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def quiet_libraries() -> None:
+    """One progress bar is enough: silence those of the model libraries, keep their errors."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
