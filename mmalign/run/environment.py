@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
+from mmalign.policies.load import default_device
+
 
 def make_accelerator(dtype: str) -> Accelerator:
     """accelerate for processes, gradient sync and the fp16 scaler; precision itself is the policy's autocast.
@@ -21,6 +23,7 @@ def make_accelerator(dtype: str) -> Accelerator:
         AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(
         mixed_precision="fp16" if dtype == "fp16" else "no",
+        cpu=default_device() == "cpu",  # unless told, accelerate starts several CPU processes as if each were alone
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
     )
 

@@ -43,7 +43,7 @@ RECIPES = {
     "dpo_full_swapped": Recipe(
         "synthetic/sdxl_diffusion_dpo_full.yaml", ("data.swap=true", "train.stop=null"), "worse"
     ),
-    "dpo_full_shuffled": Recipe("synthetic/sdxl_diffusion_dpo_full.yaml", ("data.label_noise=0.5",), "same"),
+    "dpo_full_shuffled": Recipe("synthetic/sdxl_diffusion_dpo_full.yaml", ("data.label_noise=0.5",), "not better"),
     "dpo_lora": Recipe("synthetic/sdxl_diffusion_dpo_lora.yaml", (), "better"),
     "dpo_anchored": Recipe("synthetic/sdxl_diffusion_dpo_anchored_full.yaml", (), "better"),
     "mapo_full": Recipe("synthetic/sdxl_mapo_full.yaml", (), "better"),

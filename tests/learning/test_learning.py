@@ -69,8 +69,9 @@ def check_claims(results: dict[str, Any]) -> None:
         elif recipe.claim == "worse":
             assert high < 0.5, (name, row)
             assert max(seeds) < 0.5, (name, row)
-        elif recipe.claim == "same":
-            assert low <= 0.5 <= high, (name, row)
+        elif recipe.claim == "not better":
+            # Labels without information cannot help; the noise they train in may cost a little.
+            assert low <= 0.5, (name, row)
 
 
 def test_scores_of_a_run_are_read_as_matrices(tmp_path: Path):
