@@ -170,8 +170,8 @@ def side_by_side(config: dict[str, Any], make_other: Callable[[Session, Any, Any
     counted: list[int] = []
 
     class Alternating(Session):
-        def load_data(self, policy: Any) -> Any:
-            batches = super().load_data(policy)
+        def load_data(self, policy: Any, method: Any) -> Any:
+            batches = super().load_data(policy, method)
             iterate = batches.iterate
             batches.iterate = lambda first, last: self.alternate(policy, batches, iterate(first, last))
             return batches

@@ -267,9 +267,9 @@ def load_reward(config: RewardConfig | str, device: str | torch.device = "cpu") 
     spec, given = (config, {}) if isinstance(config, str) else (config.name, config.options())
     try:
         target = registry.resolve("reward", spec)
+    except ValueError:
+        raise  # the registry has named the file, the line and the reason
     except Exception as error:
-        if isinstance(error, ValueError) and spec in str(error):
-            raise
         raise RewardError(f"reward {spec!r} cannot be imported: {type(error).__name__}: {error}") from error
     explicit = tuple(given)
     if inspect.isclass(target) or inspect.isroutine(target):

@@ -116,8 +116,8 @@ def test_parameter_that_is_not_keyword_only_is_named(reward_file, parameters):
         ("class X:\n    needs_prompt = True\n    def __call__(self, images): ...", "X", "no parameter `prompts`"),
         ("class X:\n    range = (1, 0)\n    def __call__(self, images): ...", "X", "expected low < high"),
         ("class X:\n    batch_size = 0\n    def __call__(self, images): ...", "X", "batch_size is 0"),
-        ("import nothing_of_that_name", "f", "cannot be imported: ModuleNotFoundError"),
-        ("raise ValueError('oops')", "f", "cannot be imported: ValueError: oops"),
+        ("import nothing_of_that_name", "f", "cannot be loaded: ModuleNotFoundError"),
+        ("raise ValueError('oops')", "f", "cannot be loaded: ValueError: oops"),
         ("def g(images): ...", "f", "has no 'f'"),
     ],
 )
@@ -172,7 +172,7 @@ def test_equal_configs_share_a_reward_and_unequal_ones_get_names(reward_file):
     """)
     name = f"{path}:Level"
     first, second, third = load_rewards(
-        [RewardConfig(name=name, weight=1), RewardConfig(name=name, at=1.0), RewardConfig(name=name, weight=2)]
+        [RewardConfig(name=name), RewardConfig(name=name, at=1.0), RewardConfig(name=name)]
     )
     assert first is third
     assert (first.name, second.name) == ("level", "level-2")

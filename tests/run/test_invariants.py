@@ -208,6 +208,7 @@ def test_cached_reference_stays_within_its_bound_and_matches_fresh_scores(tiny, 
     table = make()
     built = table.build(subject.policy, subject.method, subject.batches, batch_size=7, progress=lambda *_: None)
     assert built == 48
+    table.save()
     batch = subject.batches.make(subject.batches.visits(0, 0))
     found = probe(subject.policy, subject.method, batch, table.get(batch), dtype="fp32", cached=True)
     assert abs(found.loss - found.golden) <= found.tolerance < 0.05
