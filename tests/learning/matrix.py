@@ -59,7 +59,7 @@ def train(recipe: Recipe, *, seed: int, split: str, folder: Path, extra: tuple[s
     overrides = [
         *recipe.overrides,
         f"train.seed={seed}",
-        *([] if any(o.startswith("data.path") for o in extra) else [f"data.options.seed={seed}"]),
+        f"data.options.seed={seed}",
         f"evaluate.prompts=builtin:attributes_{split}",
         "evaluate.held_out=[]",
         "checkpoint.every=null",

@@ -44,6 +44,7 @@ def test_swapped_pairs_make_the_model_worse(tmp_path: Path):
 
 
 @pytest.mark.learning
+@pytest.mark.timeout(0)  # 27 trainings take the better part of an hour
 def test_three_seed_matrix_on_held_out_prompts():
     """Trains every recipe on three seeds, writes results.json, then holds each claim."""
     assert MATRIX["main"](["--split", "heldout", "--seeds", "0", "1", "2", "--save"]) == 0

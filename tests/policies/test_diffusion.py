@@ -58,6 +58,30 @@ def test_score_is_the_published_error_computed_by_hand(load, requests_for, famil
     assert score.item() == pytest.approx(-0.5 * (prediction - target).square().mean().item(), rel=1e-5)
 
 
+def test_epsilon_prediction_is_read_from_the_scheduler_config(tmp_path: Path):
+    """The same pipeline declared as an ε-model: the target is the noise itself."""
+    import shutil
+
+    folder = tmp_path / "epsilon"
+    shutil.copytree(policy_path("sdxl"), folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    declared = {**json.loads(file.read_text()), "prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+    file.write_text(json.dumps(declared))
+    policy = load_policy(ModelConfig(family="sdxl", path=str(folder)), device="cpu")
+    assert policy.schedule.prediction_type == "epsilon"
+    side = policy.resolution // policy.scale_factor
+    target = {"mean": torch.zeros(4, side, side), "logvar": torch.full((4, side, side), -30.0), "size": torch.zeros(4)}
+    key = DrawKey(0, "row", 0)
+    with torch.no_grad():
+        score = policy.score([Request(policy.encode_prompts([CAPTION])[0], target, [key])]).value_R
+        noise = randomness.normal((4, side, side), 0, "noise", "row", 0)[None]
+        t = int(randomness.stratified_uniform(0, "t", "row", 0) * 1000)
+        noisy = policy.schedule.sigma_T[t] * noise
+        inputs = policy.conditioning([policy.encode_prompts([CAPTION])[0]], [target])
+        prediction = policy.pipe.unet(noisy, t, **inputs).sample
+    assert score.item() == pytest.approx(-0.5 * (prediction - noise).square().mean().item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_batch_equals_stacked_singles_on_scores_and_gradients(load, requests_for, lora):
     policy = load(lora=lora)
