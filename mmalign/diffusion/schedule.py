@@ -25,7 +25,7 @@ class Schedule:
     prediction_type: PredictionType
 
     @classmethod
-    def from_scheduler(cls, scheduler: Any) -> Schedule:
+    def from_scheduler(cls, scheduler: Any, device: torch.device | None = None) -> Schedule:
         """Read ᾱ, zero-terminal-SNR rescaling included, and the prediction type from a diffusers scheduler.
 
         Raises `ValueError` for a scheduler without a discrete ᾱ table or with an unknown prediction type.
@@ -44,7 +44,8 @@ class Schedule:
         if prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(f"prediction_type {prediction_type!r}: must be epsilon, v_prediction or sample")
         bar_T = alphas_cumprod.double()
-        return cls(bar_T.sqrt().float(), (1 - bar_T).clamp(min=0).sqrt().float(), cast(PredictionType, prediction_type))
+        alpha_T, sigma_T = bar_T.sqrt().float(), (1 - bar_T).clamp(min=0).sqrt().float()
+        return cls(alpha_T.to(device), sigma_T.to(device), cast(PredictionType, prediction_type))
 
     @property
     def num_timesteps(self) -> int:
@@ -70,8 +71,7 @@ class Schedule:
 
     def _coefficients(self, t_N: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         shape = (-1,) + (1,) * (like.ndim - 1)
-        alpha_T, sigma_T = self.alpha_T.to(like.device), self.sigma_T.to(like.device)
-        return alpha_T[t_N].view(shape), sigma_T[t_N].view(shape)
+        return self.alpha_T[t_N].view(shape), self.sigma_T[t_N].view(shape)
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class DiffusionPolicy:
         raise NotImplementedError
 
     def conditioning(self, contexts: Sequence[dict[str, Tensor]], targets: Sequence[dict[str, Tensor]]) -> dict:
-        """Keyword arguments of the denoiser for N records: contexts on the device, targets on the CPU as cached."""
+        """Keyword arguments of the denoiser, on the device, for N records as cached (on the CPU)."""
         raise NotImplementedError
 
     # -- loading -----------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ class DiffusionPolicy:
         self.attention = attention.select(config.attention, device, self.dtype)
         self.pipe = self._load_pipeline()
         self.pipe.set_progress_bar_config(disable=True)
-        self.schedule = Schedule.from_scheduler(self.pipe.scheduler)
+        self.schedule = Schedule.from_scheduler(self.pipe.scheduler, device)
         self.scale_factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
         trained_at = int(self.pipe.unet.config.sample_size) * self.scale_factor
         self.resolution = (data.resolution if data is not None else None) or trained_at
@@ -242,15 +242,13 @@ class DiffusionPolicy:
         flat = [(request, key) for request in requests for key in request.keys]
         assert len(flat) == len(requests) * num_draws, "all requests of one call have the same number of draws"
         targets = [r.target for r, _ in flat]
-        contexts = [{name: value.to(self.device) for name, value in r.context.items()} for r, _ in flat]
+        contexts = [r.context for r, _ in flat]
         t_N = torch.tensor(
             [self.schedule.timestep(randomness.stratified_uniform(k.seed, "t", k.row_id, k.draw)) for _, k in flat]
         ).to(self.device)
         shape = tuple(targets[0]["mean"].shape)
         noise = self._noise(shape, "noise", [key for _, key in flat])
-        mean, logvar = (
-            torch.stack([target[name] for target in targets]).to(self.device).float() for name in ("mean", "logvar")
-        )
+        mean, logvar = self.stack(targets, "mean").float(), self.stack(targets, "logvar").float()
         latents = mean + torch.exp(0.5 * logvar) * self._noise(shape, "vae", [key for _, key in flat])
         latents = self.normalise(latents)
         noised, target = self.schedule.noised(latents, noise, t_N), self.schedule.target(latents, noise, t_N)
@@ -259,6 +257,10 @@ class DiffusionPolicy:
             prediction = network(noised, t_N, return_dict=False, **self.conditioning(contexts, targets))[0]
         score_RK = (-0.5 * squared_error(prediction, target)).view(len(requests), num_draws)
         return Score(score_RK.mean(1), score_RK.detach(), "surrogate")
+
+    def stack(self, records: Sequence[dict[str, Tensor]], name: str) -> Tensor:
+        """One field of all records as a batch on the device, in one transfer."""
+        return torch.stack([record[name] for record in records]).to(self.device, non_blocking=True)
 
     def normalise(self, latents: Tensor) -> Tensor:
         """VAE latents to the denoiser's scale."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mmalign.policies.diffusion import DiffusionPolicy
@@ -29,4 +28,4 @@ class StableDiffusion(DiffusionPolicy):
     def conditioning(
         self, contexts: Sequence[dict[str, Tensor]], targets: Sequence[dict[str, Tensor]]
     ) -> dict[str, Any]:
-        return {"encoder_hidden_states": torch.stack([context["embeds"] for context in contexts])}
+        return {"encoder_hidden_states": self.stack(contexts, "embeds")}

@@ -39,9 +39,9 @@ class StableDiffusionXL(DiffusionPolicy):
         else:
             ids = [[size, size, 0.0, 0.0, size, size]] * len(targets)
         return {
-            "encoder_hidden_states": torch.stack([context["embeds"] for context in contexts]),
+            "encoder_hidden_states": self.stack(contexts, "embeds"),
             "added_cond_kwargs": {
-                "text_embeds": torch.stack([context["pooled"] for context in contexts]),
+                "text_embeds": self.stack(contexts, "pooled"),
                 "time_ids": torch.tensor(ids, device=self.device),
             },
         }
