@@ -221,12 +221,20 @@ def main() -> None:
         if os.environ.get("MMALIGN_DEBUG") or not _is_for_users(error):
             raise
         print(f"error: {' '.join(line.strip() for line in str(error).splitlines())}", file=sys.stderr)
+        if type(error).__name__ == "OutOfMemoryError":
+            print(
+                "lower train.batch_size and raise train.accumulate, set train.score_chunk or "
+                "model.gradient_checkpointing=true, or train a LoRA; `mmalign doctor CONFIG` estimates the memory",
+                file=sys.stderr,
+            )
         sys.exit(2)
 
 
 def _is_for_users(error: BaseException) -> bool:
     """Errors that name a value and a fix are for users; anything else is a bug and keeps its traceback."""
     module = type(error).__module__
+    if type(error).__name__ == "OutOfMemoryError":
+        return True
     return module.startswith("mmalign") or type(error) in (ValueError, FloatingPointError) or isinstance(error, OSError)
 
 

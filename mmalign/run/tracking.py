@@ -5,6 +5,7 @@ Values stay on the device until a line is due; then everything since the last li
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -82,7 +83,11 @@ class Tracker:
             self._tracker = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
         elif kind in ("wandb", "trackio"):
             module = _import_tracker(kind)
-            self._tracker = module.init(project="mmalign", name=folder.name, config=config)
+            options: dict[str, Any] = {}
+            if kind == "wandb":  # a resumed run goes on in the same curves
+                identity = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
+                options = {"id": identity, "resume": "allow"}
+            self._tracker = module.init(project="mmalign", name=folder.name, config=config, **options)
         self.kind = kind
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -78,7 +78,7 @@ def test_killed_run_ends_with_the_same_bits(tiny: Callable, tmp_path: Path, mode
     killed = tmp_path / "killed"
     config.write_text(yaml.safe_dump({**whole, "output_dir": str(killed)}))
     process = start(config)
-    wait_for_step(process, killed / "metrics.jsonl", random.randint(3, STEPS - 2))
+    wait_for_step(process, killed / "metrics.jsonl", random.randint(3, STEPS - 4))
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / "summary.json").exists()
