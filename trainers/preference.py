@@ -37,6 +37,10 @@ class Term:
     golden: float | None
     accepts: frozenset[str]
 
+    @property
+    def compares(self) -> bool:
+        return any(name.startswith("rejected") for name in self.inputs)
+
 
 class Preference:
     """Weighted sum of preference losses.
@@ -53,8 +57,9 @@ class Preference:
         self.terms = [make_term(dict(loss)) for loss in losses]
         asked = {name for term in self.terms for name in term.inputs}
         self.needs_reference = bool(asked & {"chosen_ratio_B", "rejected_ratio_B"})
-        self.needs_rejected = bool(asked & {"rejected_ratio_B", "rejected_score_B"})
-        self._hard = [t.name for t in self.terms if "preference_B" not in t.inputs and t.name != "sft"]
+        self.needs_rejected = any(term.compares for term in self.terms)
+        # Losses that compare the pair but cannot read how sure the label is.
+        self._hard = [term.name for term in self.terms if term.compares and "preference_B" not in term.inputs]
 
     @property
     def golden_loss(self) -> float | None:
