@@ -77,12 +77,8 @@ def select(requested: Backend, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def apply(module: Any, backend: str) -> None:
-    """Set the backend on a diffusers model."""
+    """Set the backend on a freshly loaded diffusers model, whose own default is SDPA."""
     if backend == "xformers":
         module.enable_xformers_memory_efficient_attention()
     elif backend == "flash":
         module.set_attention_backend("_native_flash")
-    else:
-        from diffusers.models.attention_processor import AttnProcessor2_0
-
-        module.set_attn_processor(AttnProcessor2_0())

@@ -6,21 +6,27 @@ Every key is declared here with its unit and source. An unknown key is an error 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from mmalign.config_files import (
+    ConfigError,
+    apply_override,
+    apply_preset,
+    find_config,
+    flatten,
+    parse_value,
+    plain,
+    read_with_base,
+)
 from mmalign.registry import nearest
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used. The message names the key, the value, what is allowed and the fix."""
+__all__ = ["Config", "ConfigError", "LoadedConfig", "find_config", "flatten", "load_config", "parse_value"]
 
 
 class Section(BaseModel):
@@ -52,6 +58,14 @@ class ModelConfig(Section):
     """Train a low-rank adapter (the reference is the same network with the adapter off). Absent: full fine-tuning."""
     adapters: list[str] = []
     """LoRA folders or files to stack frozen below the trained weights; part of the reference too."""
+    without: list[str] = []
+    """Components of the pipeline not to load. SD3 runs without its largest text encoder: [text_encoder_3, tokenizer_3]."""
+    max_sequence_length: int | None = Field(None, ge=1)
+    """T5 tokens of the SD3 family. Default: what the pipeline uses (256)."""
+    timestep_density: Literal["family", "uniform", "logit_normal"] = "family"
+    """Flow models: training density of σ before the shift. `family`: as pre-trained (SD3: logit-normal(0, 1))."""
+    timestep_shift: float | None = Field(None, gt=0)
+    """Flow models: shift of the training density. Default: the scheduler's, static or by resolution."""
     attention: Literal["auto", "sdpa", "xformers", "flash"] = "auto"
     """Attention kernel. `auto`: xformers on a GPU where it really works, otherwise SDPA. An explicit choice that cannot
     run here is an error. What was really used is logged."""
@@ -72,6 +86,23 @@ class MethodConfig(BaseModel):
 
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
+
+
+class NegativeConfig(Section):
+    kind: Literal["crop", "other", "black", "noise"] = "crop"
+    """How the image a response is wrong about is made: `crop` enlarges a small part of the image (mDPO), `other` takes
+    another row's image, `black` and `noise` leave nothing to see. A row's own `rejected_images` are used as they are."""
+    area: tuple[float, float] = (0.01, 0.2)
+    """`crop`: range of the kept share of the image's area (mDPO's released code: 0.01 to 0.2)."""
+    variants: int = Field(1, ge=1)
+    """Different negatives per row, cycled through its visits (each is encoded once)."""
+
+    @field_validator("area")
+    @classmethod
+    def _shares(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1] <= 1:
+            raise ValueError("must be (low, high) with 0 < low <= high <= 1")
+        return value
 
 
 class DataConfig(Section):
@@ -102,6 +133,17 @@ class DataConfig(Section):
     resolution (Salesforce DiffusionDPO)."""
     prompt_dropout: float = Field(0.0, ge=0, lt=1)
     """Probability of the empty prompt, drawn once per pair (Salesforce DiffusionDPO uses 0.2)."""
+    max_length: int | None = Field(None, ge=8)
+    """Language models: longest row in tokens, image tokens included. Default: what the model was built for."""
+    truncation: Literal["error", "response"] = "error"
+    """Language models: `error` makes an over-long row a bad row; `response` cuts the end of its response, then its oldest
+    turns, and counts it. Image tokens are never cut."""
+    image_negative: NegativeConfig | None = None
+    """Language models: how the rejected image of a row is made, for methods that contrast images (mDPO). Default there:
+    mDPO's crop."""
+    blind: bool = False
+    """Language models: show a black image in place of every image. The control: a method that learns as much without
+    looking has learned nothing about images."""
     cache: bool = True
     """Encode each unique image and prompt once and keep the result on disk."""
     cache_dir: str | None = None
@@ -170,6 +212,10 @@ class RewardConfig(BaseModel):
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True, frozen=True)
     name: str
     """A registered reward, package.module:Name or path/to/file.py:Name."""
+    weight: float = 1.0
+    """Training rewards: weight in the sum (of advantages or of raw rewards, as the method combines them)."""
+    timeout: float | None = Field(None, gt=0)
+    """Training rewards: seconds until a batch counts as failed. Its samples are then left out of the update."""
 
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
@@ -200,7 +246,11 @@ class EvaluateConfig(Section):
     num_steps: int | None = Field(None, ge=1)
     """Denoising steps. None: the family's default."""
     batch_size: int = Field(8, ge=1)
-    """Images per sampling forward."""
+    """Images or answers per sampling forward."""
+    temperature: float = Field(1.0, ge=0)
+    """Language models: sampling temperature; 0 is greedy."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Language models: longest answer in tokens."""
     grid_prompts: int = Field(8, ge=1)
     """Prompts shown in grid.png (the report holds all)."""
 
@@ -251,6 +301,11 @@ class Config(Section):
             "data.cache_dir": data.cache_dir is not None and not data.cache,
             "train.betas": train.optimizer == "adafactor" and train.betas != TrainConfig.model_fields["betas"].default,
         }
+        weighted = [r.name for r in (*self.evaluate.rewards, *self.evaluate.held_out) if r.weight != 1 or r.timeout]
+        if weighted:
+            raise ValueError(
+                f"reward {weighted[0]!r}: weight and timeout belong to training rewards (`rewards`), not to evaluate"
+            )
         reasons = {
             "evaluate.every": "previews need evaluate.prompts",
             "data.num_crops": "crop: center has one crop; set data.crop=random",
@@ -295,35 +350,21 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     """
     origin: dict[str, str] = {}
     if isinstance(source, Mapping):
-        tree, label = _plain(source), "config"
+        tree, label = plain(source), "config"
         for key, _ in flatten(tree):
             origin[key] = "python"
     else:
         path = find_config(str(source))
-        tree, label = _read_with_base(path, origin, seen=()), str(source)
+        tree, label = read_with_base(path, origin, seen=()), str(source)
     for override in overrides:
-        _apply_override(tree, override, origin)
-    _apply_preset(tree, origin)
+        apply_override(tree, override, origin)
+    apply_preset(tree, origin)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_explain(error, label)) from None
     _check_plugins(config)
     return LoadedConfig(config, origin, label)
-
-
-def find_config(name: str) -> Path:
-    """A path as given, or a shipped config by its path below configs/."""
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    shipped = Path(str(files("mmalign.configs")))
-    relative = name.removeprefix("configs/")
-    for candidate in (shipped / relative, shipped / f"{relative}.yaml"):
-        if candidate.is_file():
-            return candidate
-    known = sorted(str(p.relative_to(shipped)) for p in shipped.rglob("*.yaml") if p.parent.name != "presets")
-    raise ConfigError(f"config {name!r} does not exist{nearest(name, known)}. Shipped: {', '.join(known)}")
 
 
 def dump(config: Config) -> dict[str, Any]:
@@ -339,148 +380,6 @@ def json_schema() -> str:
     return json.dumps(Config.model_json_schema(), indent=2)
 
 
-def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, Mapping) and tree:
-        for key, value in tree.items():
-            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, tree
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    try:
-        tree = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
-    return tree
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-5 as a number and refuses duplicate keys."""
-
-
-def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    mapping: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=deep)
-        if key in mapping:
-            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
-        mapping[key] = loader.construct_object(value_node, deep=True)
-    return mapping
-
-
-def _construct_float_or_str(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
-    return float(loader.construct_scalar(node))
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
-_StrictLoader.add_constructor("!scientific", _construct_float_or_str)
-_StrictLoader.add_implicit_resolver("!scientific", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
-
-
-def _read_with_base(path: Path, origin: dict[str, str], seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise ConfigError(f"{path}: `base:` goes in a circle: {' -> '.join(str(p) for p in (*seen, path))}")
-    tree = _read_yaml(path)
-    base = tree.pop("base", None)
-    merged: dict[str, Any] = {}
-    if base is not None:
-        base_path = path.parent / str(base)
-        if not base_path.is_file():
-            base_path = find_config(str(base))
-        merged = _read_with_base(base_path, origin, (*seen, path.resolve()))
-    _drop_replaced_method(merged, tree.get("method"), origin)
-    _merge(merged, tree, origin, str(path))
-    return merged
-
-
-def _drop_replaced_method(merged: dict[str, Any], method: Any, origin: dict[str, str]) -> None:
-    """Another preset or name starts the method section anew: the base's losses belong to the base's method."""
-    if isinstance(method, Mapping) and ("preset" in method or "name" in method) and "method" in merged:
-        del merged["method"]
-        for key in [key for key in origin if key.startswith("method.")]:
-            del origin[key]
-
-
-def _merge(into: dict[str, Any], tree: Mapping[str, Any], origin: dict[str, str], label: str, prefix: str = "") -> None:
-    for key, value in tree.items():
-        name = f"{prefix}.{key}" if prefix else str(key)
-        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-            _merge(into[key], value, origin, label, name)
-        else:
-            into[key] = _plain(value)
-            _set_origin(origin, name, value, label)
-
-
-def _set_origin(origin: dict[str, str], name: str, value: Any, label: str) -> None:
-    for known in [key for key in origin if key == name or key.startswith(f"{name}.")]:
-        del origin[known]
-    for key, _ in flatten(value, name):
-        origin[key] = label
-
-
-def parse_value(pair: str) -> tuple[str, Any]:
-    """`key=value` with the value read as YAML. Raises `ConfigError`."""
-    key, separator, text = pair.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"override {pair!r} is not of the form key=value, e.g. train.steps=100")
-    try:
-        return key, yaml.load(text, Loader=_StrictLoader) if text else None
-    except yaml.YAMLError:
-        raise ConfigError(f"override {pair!r}: {text!r} is not valid YAML") from None
-
-
-def _apply_override(tree: dict[str, Any], override: str, origin: dict[str, str]) -> None:
-    key, value = parse_value(override)
-    if key in ("method.preset", "method.name"):
-        _drop_replaced_method(tree, {"preset": value}, origin)
-    node = tree
-    *parents, last = key.split(".")
-    for parent in parents:
-        child = node.get(parent)
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: {parent!r} holds {child!r}, not a section")
-        node = child
-    node[last] = value
-    _set_origin(origin, key, value, f"override {override}")
-
-
-def _apply_preset(tree: dict[str, Any], origin: dict[str, str]) -> None:
-    method = tree.get("method")
-    if not isinstance(method, dict) or not method.get("preset"):
-        return
-    folder = Path(str(files("mmalign.configs"))) / "presets"
-    path = folder / f"{method['preset']}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in folder.glob("*.yaml"))
-        raise ConfigError(
-            f"method.preset {method['preset']!r} does not exist{nearest(method['preset'], known)}. "
-            f"Presets: {', '.join(known)}"
-        )
-    for key, value in _read_yaml(path).items():
-        if key not in method:
-            method[key] = value
-            _set_origin(origin, f"method.{key}", value, f"preset {method['preset']}")
-
-
 def _check_plugins(config: Config) -> None:
     """Names resolve and options are known before anything is loaded."""
     from mmalign import registry
@@ -489,11 +388,12 @@ def _check_plugins(config: Config) -> None:
         raise ConfigError(f"method: give a `preset` or a `name`. Methods: {', '.join(registry.names('method'))}")
     sections = [config.rewards, config.evaluate.rewards, config.evaluate.held_out]
     try:
-        registry.resolve("family", config.model.family)
-        method = registry.resolve("method", config.method.name)
+        family = registry.resolve("family", config.model.family)
+        method_class = registry.resolve("method", config.method.name)
         options = config.method.options()
-        registry.check_options("method", config.method.name, method, options, beside=("preset", "name"))
-        method(**options)  # a method is its settings alone; losses inside are checked here
+        registry.check_options("method", config.method.name, method_class, options, beside=("preset", "name"))
+        method = method_class(**options)  # a method is its settings alone; losses inside are checked here
+        _check_fits(config, family, method)
         for reward in (reward for section in sections for reward in section):
             found = registry.resolve("reward", reward.name)
             registry.check_options("reward", reward.name, found, reward.options(), beside=("name",))
@@ -502,6 +402,53 @@ def _check_plugins(config: Config) -> None:
             registry.check_options("reader", config.data.format, reader, dict(config.data.options))
     except ValueError as error:
         raise ConfigError(" ".join(str(error).splitlines())) from error  # a plug-in's own error may have several
+
+
+def _check_fits(config: Config, family: Any, method: Any) -> None:
+    """Method and family belong together, and no key is set that neither of them reads."""
+    modality = getattr(family, "modality", None)
+    kind = {"image": "surrogate", "text": "exact"}.get(str(modality))
+    accepts = getattr(method, "accepts", None)
+    if kind is not None and accepts is not None and kind not in accepts:
+        raise ValueError(
+            f"model.family {config.model.family!r} gives {kind} scores, but the configured losses are defined for "
+            f"{' and '.join(sorted(accepts)) or 'no common kind of'} scores. See docs/methods.md for what goes together"
+        )
+    if getattr(method, "loop", "") == "online":
+        if not hasattr(family, "rollout"):
+            raise ValueError(
+                f"method {config.method.name!r} samples and replays steps; family {config.model.family!r} cannot"
+            )
+        if not any(reward.weight for reward in config.rewards):
+            raise ValueError(f"method {config.method.name!r} learns from rewards: name at least one under `rewards`")
+    elif config.rewards:
+        raise ValueError(
+            "rewards: this method learns from fixed data and would ignore them; report them under evaluate.rewards"
+        )
+    if getattr(method, "needs_negative", False) and modality == "image":
+        raise ValueError(
+            f"model.family {config.model.family!r} generates images; the configured losses contrast images shown to a "
+            f"language model"
+        )
+    values, defaults = dict(flatten(dump(config))), dict(flatten(_defaults()))
+    for key in (*getattr(family, "unread", ()), *getattr(method, "unread", ())):
+        for name, value in values.items():
+            if (name == key or name.startswith(f"{key}.")) and value != defaults.get(name, defaults.get(key)):
+                raise ValueError(
+                    f"{name} = {value!r} would do nothing: neither family {config.model.family!r} nor method "
+                    f"{config.method.name!r} reads it. Remove it"
+                )
+
+
+def _defaults() -> dict[str, Any]:
+    sections = ("model", "data", "train", "evaluate", "checkpoint", "run")
+    return {
+        name: {
+            key: field.get_default(call_default_factory=True)
+            for key, field in Config.model_fields[name].annotation.model_fields.items()  # type: ignore[union-attr]
+        }
+        for name in sections
+    }
 
 
 def _explain(error: ValidationError, label: str) -> str:

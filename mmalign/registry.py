@@ -21,23 +21,30 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 TABLES: dict[str, dict[str, str]] = {
     "family": {
         "sd15": "mmalign.policies.families.sd:StableDiffusion",
+        "sd3": "mmalign.policies.families.sd3:StableDiffusion3",
         "sdxl": "mmalign.policies.families.sdxl:StableDiffusionXL",
     },
     "loop": {
         "offline": "mmalign.trainers.offline:train",
+        "online": "mmalign.trainers.online:train",
     },
     "method": {
+        "grpo": "mmalign.trainers.grpo:GroupPolicyGradient",
         "preference": "mmalign.trainers.preference:Preference",
     },
     "loss": {
+        "anchor": "mmalign.losses.preference:anchor",
+        "copo": "mmalign.losses.preference:copo",
         "dpo": "mmalign.losses.preference:dpo",
         "mapo": "mmalign.losses.preference:mapo",
         "mapo_paper": "mmalign.losses.preference:mapo_paper",
+        "nll": "mmalign.losses.preference:nll",
         "sft": "mmalign.losses.preference:sft",
     },
     "reward": {
         "aesthetic": "mmalign.rewards.aesthetic:Aesthetic",
         "clip": "mmalign.rewards.clip:Clip",
+        "synthetic_answers": "mmalign.rewards.synthetic_answers:SyntheticAnswers",
         "synthetic_truth": "mmalign.rewards.synthetic_truth:SyntheticTruth",
     },
     "reader": {
@@ -47,6 +54,7 @@ TABLES: dict[str, dict[str, str]] = {
         "parquet": "mmalign.data.readers:read_parquet",
         "pickapic": "mmalign.data.readers:read_pickapic",
         "synthetic": "mmalign.data.synthetic:read_synthetic",
+        "synthetic_answers": "mmalign.data.synthetic:read_synthetic_answers",
     },
 }
 

@@ -15,9 +15,12 @@ of str) is optional, every other parameter is a column of the dataset and arrive
 `**columns` takes all of them. Keyword-only parameters of a *function* are its options, like those of a class's
 `__init__`. An option called `device` is filled in by mmalign; a class without one but with a `to` method is moved.
 
-Scores stay raw, in the scale the reward declares. An image without a score is NaN with a reason, never 0.
+A reward with a parameter `responses` (list of str) scores answers instead of images. Its `images` holds a list for each
+answer: the images that the question shows, none for a question in words alone. `prompts` holds the questions.
 
-Shape legend: N images.
+Scores stay raw, in the scale the reward declares. An image or answer without a score is NaN with a reason, never 0.
+
+Shape legend: N images, or N answers.
 """
 
 from __future__ import annotations
@@ -28,13 +31,14 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mmalign import registry
 from mmalign.reward_checks import (
     RewardError,
     RewardOutput,
     check_inputs,
+    checked_marks,
     checked_range,
     is_module,
     numbers,
@@ -115,6 +119,11 @@ class Scorer:
         return self._signature.takes_prompts
 
     @property
+    def unit(self) -> Literal["image", "answer"]:
+        """What is scored: `answer` where the signature names `responses`."""
+        return self._signature.unit
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Dataset columns that the signature names."""
         return self._signature.columns
@@ -129,37 +138,38 @@ class Scorer:
 
     def score(
         self,
-        images: Sequence[Image.Image],
+        images: Sequence[Image.Image | Sequence[Image.Image]],
         prompts: Sequence[str] | None = None,
         columns: Sequence[Mapping[str, Any]] | None = None,
         *,
         require_valid: bool = True,
     ) -> RewardOutput:
-        """Score N images.
+        """Score N images, or N answers.
 
         Args:
-            images: N RGB images.
+            images: N RGB images; for answers, N lists of the images that the question shows (one alone is a list of 1).
             prompts: N prompts, None or empty strings where there are none.
-            columns: N mappings with the other columns of the rows.
+            columns: N mappings with the other columns of the rows; for answers, `responses` among them.
             require_valid: raise when not one image got a score (in training that means the reward is broken).
 
         Raises `RewardError` (a `ValueError`) naming the reward, what it returned and what is expected.
         """
-        num_images = len(images)
+        num_images, unit = len(images), self.unit
         prompts = [""] * num_images if prompts is None else list(prompts)
-        check_inputs(self.name, images, prompts, columns)
+        check_inputs(self.name, images, prompts, columns, unit)
         index = list(range(num_images))
         errors: list[str | None] = [None] * num_images
         if self.needs_prompt:
             index = [n for n in index if prompts[n].strip()]
             if not index and num_images and require_valid:
                 raise RewardError(
-                    f"reward {self.name!r} needs prompts, and none of the {num_images} images has one", "invalid"
+                    f"reward {self.name!r} needs prompts, and none of the {num_images} {unit}s has one", "invalid"
                 )
             for n in set(range(num_images)) - set(index):
                 errors[n] = "the reward needs a prompt and this row's is empty"
         scores = [math.nan] * num_images
         sub_scores: dict[str, list[float]] = {}
+        marks: list[Sequence[tuple[int, int, str]]] | None = None
         step = self.batch_size or max(len(index), 1)
         for start in range(0, len(index), step):
             chunk = index[start : start + step]
@@ -177,10 +187,14 @@ class Scorer:
                 column = sub_scores.setdefault(key, [math.nan] * num_images)
                 for position, n in enumerate(chunk):
                     column[n] = values[position]
+            if output.marks is not None:
+                marks = marks or [[] for _ in range(num_images)]
+                for position, n in enumerate(chunk):
+                    marks[n] = output.marks[position]
         if require_valid and num_images and all(math.isnan(value) for value in scores):
             reason = next(reason for reason in errors if reason)
             raise RewardError(
-                f"reward {self.name!r} gave no valid score for any of {num_images} images: {reason}", "invalid"
+                f"reward {self.name!r} gave no valid score for any of {num_images} {unit}s: {reason}", "invalid"
             )
         import torch
 
@@ -188,12 +202,16 @@ class Scorer:
             scores=torch.tensor(scores, dtype=torch.float32),
             sub_scores={key: torch.tensor(values, dtype=torch.float32) for key, values in sub_scores.items()},
             errors=errors,
+            marks=marks,
         )
 
     def _call(self, images: list[Any], prompts: list[str], columns: Sequence[Mapping[str, Any]] | None) -> RewardOutput:
         """One call of the reward with its answer as checked lists of floats."""
         import torch
 
+        unit = self.unit
+        if unit == "answer":
+            images = [list(image) if isinstance(image, (list, tuple)) else [image] for image in images]
         arguments: dict[str, Any] = {**self._route(columns or [], len(images)), **self._options, "images": list(images)}
         if self._signature.takes_prompts:
             arguments["prompts"] = list(prompts)
@@ -202,17 +220,17 @@ class Scorer:
                 raw = self.reward(**arguments)
         except Exception as error:
             raise RewardError(
-                f"reward {self.name!r} failed on a batch of {len(images)} images: {type(error).__name__}: {error}"
+                f"reward {self.name!r} failed on a batch of {len(images)} {unit}s: {type(error).__name__}: {error}"
             ) from error
         output = raw if isinstance(raw, RewardOutput) else RewardOutput(raw)
-        scores = numbers(output.scores, f"reward {self.name!r} returned", len(images))
-        errors = reasons(output.errors, self.name, len(images))
+        scores = numbers(output.scores, f"reward {self.name!r} returned", len(images), unit)
+        errors = reasons(output.errors, self.name, len(images), unit)
         for n, value in enumerate(scores):
             if math.isfinite(value):
                 if errors[n] is not None:
                     raise RewardError(
                         f"reward {self.name!r} returned both a score ({value:g}) and an error ({errors[n]!r}) for "
-                        f"image {n}; expected None or NaN as the score of an image that failed",
+                        f"{unit} {n}; expected None or NaN as the score of an {unit} that failed",
                         "invalid",
                     )
             else:
@@ -224,9 +242,10 @@ class Scorer:
                 f"reward {self.name!r}: sub_scores is a {type(output.sub_scores).__name__}, expected a dict", "dtype"
             )
         for key, values in output.sub_scores.items():
-            part = numbers(values, f"reward {self.name!r}: sub-score {key!r} is", len(images))
+            part = numbers(values, f"reward {self.name!r}: sub-score {key!r} is", len(images), unit)
             sub_scores[str(key)] = [value if math.isfinite(value) else math.nan for value in part]
-        return RewardOutput(scores, sub_scores, errors)
+        marks = checked_marks(output.marks, self.name, arguments.get("responses"), len(images))
+        return RewardOutput(scores, sub_scores, errors, marks)
 
     def _route(self, columns: Sequence[Mapping[str, Any]], num_images: int) -> dict[str, list[Any]]:
         """The columns that the signature accepts, each as a list with one value per image."""
@@ -239,6 +258,11 @@ class Scorer:
                     f"option. Move it before the `*` to receive the column, or set the option in the config"
                 )
         missing = [key for key in self._signature.required if key not in present]
+        if num_images and "responses" in missing:
+            raise RewardError(
+                f"reward {self.name!r} scores answers (it takes `responses`), and there are none: it belongs to language "
+                f"models, or to data with a column `responses`"
+            )
         if missing and num_images:
             raise RewardError(
                 f"reward {self.name!r} needs the column {missing[0]!r}, which the data does not have. "

@@ -1,6 +1,6 @@
 """Checks of a reward: what its signature accepts, what it declares, and what it returned.
 
-Every message names the reward, what came and what is expected. Shape legend: N images.
+Every message names the reward, what came and what is expected. Shape legend: N images, or N answers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 Problem = Literal["exception", "shape", "dtype", "invalid"]
+MARK_KINDS = ("hallucinated", "wrong", "right")
 
 
 class RewardError(ValueError):
@@ -35,11 +36,14 @@ class RewardOutput:
             NaN = invalid.
         sub_scores: named parts of the score, each like `scores`; they get their own lines in reports.
         errors: N reasons, None where there is a score.
+        marks: for answers, N lists of (start, end, kind): words to point out, as character positions in the answer.
+            Kinds: `hallucinated`, `wrong`, `right`.
     """
 
     scores: Any
     sub_scores: Mapping[str, Any] = field(default_factory=dict)
     errors: Sequence[str | None] | None = None
+    marks: Sequence[Sequence[tuple[int, int, str]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,11 @@ class Parameters:
     required: tuple[str, ...]
     takes_all: bool
     options: tuple[str, ...]
+
+    @property
+    def unit(self) -> Literal["image", "answer"]:
+        """What is scored: a reward that asks for `responses` scores answers."""
+        return "answer" if "responses" in self.columns else "image"
 
 
 def parameters(reward: Any, name: str) -> Parameters:
@@ -98,30 +107,38 @@ def checked_range(name: str, declared: Any) -> tuple[float, float] | None:
     return low, high
 
 
-def check_inputs(name: str, images: Sequence[Any], prompts: Sequence[Any], columns: Sequence[Any] | None) -> None:
-    from PIL import Image
-
+def check_inputs(
+    name: str, images: Sequence[Any], prompts: Sequence[Any], columns: Sequence[Any] | None, unit: str = "image"
+) -> None:
     if len(prompts) != len(images):
-        raise ValueError(f"reward {name!r}: {len(images)} images but {len(prompts)} prompts; give one per image")
+        raise ValueError(f"reward {name!r}: {len(images)} images but {len(prompts)} prompts; give one per {unit}")
     if columns is not None and len(columns) != len(images):
         raise ValueError(
-            f"reward {name!r}: {len(images)} images but {len(columns)} rows of columns; give one per image"
+            f"reward {name!r}: {len(images)} images but {len(columns)} rows of columns; give one per {unit}"
         )
     for n, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-        if not isinstance(image, Image.Image) or image.mode != "RGB":
-            found = f"a PIL image of mode {image.mode}" if isinstance(image, Image.Image) else type(image).__name__
-            raise ValueError(
-                f"reward {name!r}: image {n} is {found}, expected an RGB PIL image (mmalign.types.ImageRef.open)"
-            )
+        shown = image if unit == "answer" and isinstance(image, (list, tuple)) else [image]
+        for part in shown:
+            _check_image(name, n, part)
         if not isinstance(prompt, str):
             raise ValueError(f"reward {name!r}: prompt {n} is {type(prompt).__name__}, expected str")
 
 
-def numbers(value: Any, what: str, num_images: int) -> list[float]:
+def _check_image(name: str, index: int, image: Any) -> None:
+    from PIL import Image
+
+    if not isinstance(image, Image.Image) or image.mode != "RGB":
+        found = f"a PIL image of mode {image.mode}" if isinstance(image, Image.Image) else type(image).__name__
+        raise ValueError(
+            f"reward {name!r}: image {index} is {found}, expected an RGB PIL image (mmalign.types.ImageRef.open)"
+        )
+
+
+def numbers(value: Any, what: str, num: int, unit: str = "image") -> list[float]:
     """`value` as N floats rounded to fp32, None as NaN. `what` opens the error message."""
     import numpy as np
 
-    expected = f"expected {num_images} real numbers, one per image, as a list, array or tensor [{num_images}]"
+    expected = f"expected {num} real numbers, one per {unit}, as a list, array or tensor [{num}]"
     if isinstance(value, Mapping):
         raise RewardError(
             f"{what} a dict; {expected}. Named parts go into mmalign.reward.RewardOutput(scores, sub_scores)", "dtype"
@@ -132,7 +149,7 @@ def numbers(value: Any, what: str, num_images: int) -> list[float]:
     elif not isinstance(value, (str, bytes)) and (_is_tensor(value) or hasattr(value, "__array__")):
         array = _array(value)
         if array.dtype.kind == "O" and array.ndim == 1:
-            return numbers(array.tolist(), what, num_images)
+            return numbers(array.tolist(), what, num, unit)
         if array.dtype.kind not in "biuf":
             raise RewardError(f"{what} an array of {array.dtype}; {expected}", "dtype")
     else:
@@ -140,8 +157,8 @@ def numbers(value: Any, what: str, num_images: int) -> list[float]:
     if array.ndim != 1:
         fix = ". Drop the last dimension: scores[:, 0]" if array.ndim == 2 and array.shape[1] == 1 else ""
         raise RewardError(f"{what} an array of shape {list(array.shape)}; {expected}{fix}", "shape")
-    if len(array) != num_images:
-        raise RewardError(f"{what} {len(array)} scores for {num_images} images; {expected}", "shape")
+    if len(array) != num:
+        raise RewardError(f"{what} {len(array)} scores for {num} {unit}s; {expected}", "shape")
     with np.errstate(over="ignore"):
         return [float(number) for number in array.astype(np.float32)]
 
@@ -174,16 +191,48 @@ def _array(value: Any) -> np.ndarray:
     return np.asarray(value)
 
 
-def reasons(errors: Any, name: str, num_images: int) -> list[str | None]:
+def reasons(errors: Any, name: str, num: int, unit: str = "image") -> list[str | None]:
     if errors is None:
-        return [None] * num_images
+        return [None] * num
     if not isinstance(errors, (list, tuple)) or any(not isinstance(e, (str, type(None))) for e in errors):
         raise RewardError(f"reward {name!r}: errors is {errors!r:.80}, expected a list of str or None", "dtype")
-    if len(errors) != num_images:
+    if len(errors) != num:
         raise RewardError(
-            f"reward {name!r} returned {len(errors)} errors for {num_images} images, expected one each", "shape"
+            f"reward {name!r} returned {len(errors)} errors for {num} {unit}s, expected one each", "shape"
         )
     return [error or None for error in errors]
+
+
+def checked_marks(
+    marks: Any, name: str, responses: Sequence[Any] | None, num: int
+) -> list[list[tuple[int, int, str]]] | None:
+    """Each answer's marks in their order, or None if the reward gave none at all."""
+    if marks is None:
+        return None
+    if responses is None:
+        raise RewardError(f"reward {name!r} returned marks, which are for answers, but takes no `responses`", "shape")
+    if not isinstance(marks, (list, tuple)) or len(marks) != num:
+        found = f"{len(marks)} lists" if isinstance(marks, (list, tuple)) else _type_name(marks)
+        raise RewardError(
+            f"reward {name!r} returned marks as {found} for {num} answers, expected one list each", "shape"
+        )
+    checked = []
+    for n, (spans, response) in enumerate(zip(marks, responses, strict=True)):
+        length = len(response) if isinstance(response, str) else 0
+        for mark in spans:
+            start, end, kind = mark if isinstance(mark, (list, tuple)) and len(mark) == 3 else (None, None, None)
+            if not (isinstance(start, int) and isinstance(end, int) and 0 <= start < end <= length):
+                raise RewardError(
+                    f"reward {name!r}: mark {mark!r} of answer {n} is no (start, end, kind) with "
+                    f"0 <= start < end <= {length}, the length of the answer",
+                    "shape",
+                )
+            if kind not in MARK_KINDS:
+                raise RewardError(
+                    f"reward {name!r}: mark {mark!r} of answer {n}: allowed kinds are {', '.join(MARK_KINDS)}", "dtype"
+                )
+        checked.append(sorted((int(start), int(end), str(kind)) for start, end, kind in spans))
+    return checked
 
 
 def _type_name(value: Any) -> str:

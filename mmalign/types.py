@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ScoreKind = Literal["exact", "surrogate"]
+Side = Literal["chosen", "rejected"]
+Role = Literal["system", "user", "assistant"]
+IMAGE_MARK = "<image>"
+"""Stands for one image in a text prompt, as in the LLaVA, LLaMA-Factory, ms-swift and mDPO row formats."""
 
 
 class DataError(ValueError):
@@ -65,13 +69,26 @@ class ImageRef:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One earlier turn of a dialogue. `text` holds an `<image>` mark where the turn shows an image."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True)
 class Row:
     """One preference row. `chosen` is preferred over `rejected` under `prompt` with probability `preference`.
 
     Args:
         id: stable identity; all per-row randomness and every cache key derives from it, never from its position.
-        prompt: text prompt; may be empty only where the reader allows it.
-        chosen, rejected: media. `rejected` is None for unpaired rows (SFT).
+        prompt: text prompt, the last user turn; may be empty only where the reader allows it. One `<image>` mark for
+            each image it shows.
+        chosen, rejected: an image (diffusion, flow) or text (language models). `rejected` is None for unpaired rows
+            (SFT), both are None for rows that hold a prompt alone (online methods, questions to evaluate on).
+        images: what `history` and `prompt` show, in the order of their `<image>` marks.
+        rejected_images: the image negative that came with the row, same number as `images`; else it is made.
+        history: turns before the prompt.
         preference: probability that `chosen` is preferred, 1 for a clear preference, 0.5 for a tie kept as soft label.
         margin: strength of the preference in the annotator's unit, None if unknown.
         score_chosen, score_rejected: scores that produced the pair, None if unknown.
@@ -81,14 +98,17 @@ class Row:
 
     id: str
     prompt: str
-    chosen: ImageRef
-    rejected: ImageRef | None
+    chosen: ImageRef | str | None = None
+    rejected: ImageRef | str | None = None
     preference: float = 1.0
     margin: float | None = None
     score_chosen: float | None = None
     score_rejected: float | None = None
     source: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    images: tuple[ImageRef, ...] = ()
+    rejected_images: tuple[ImageRef, ...] = ()
+    history: tuple[Turn, ...] = ()
 
     def swapped(self) -> Row:
         """The same pair with the opposite preference (sign tests and label noise)."""
@@ -136,25 +156,29 @@ class Score:
             prediction space (a Monte-Carlo surrogate of the log-likelihood). Tokens: summed nats (exact).
         per_draw_RK: the K draws averaged in `value_R`, detached.
         kind: `exact` likelihood or Monte-Carlo `surrogate`; losses declare which they accept.
+        num_tokens_R: response lengths; tokens only.
     """
 
     value_R: Tensor
     per_draw_RK: Tensor
     kind: ScoreKind
+    num_tokens_R: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
     """B encoded rows as the loop hands them to a method.
 
-    `context`, `chosen` and `rejected` hold one encoded record per row, `keys` the K draw keys of each row. `slot_B` is
-    each row's place in the reference cache: (position of the row, draw modulo the number of cached draws).
+    `context`, `chosen` and `rejected` hold one encoded record per row, `keys` the K draw keys of each row. `negative` is
+    the context with its images replaced by their negatives, empty unless the method asks for it. `slot_B` is each row's
+    place in the reference cache: (position of the row, draw modulo the number of cached draws).
     """
 
     rows: Sequence[Row]
     context: Sequence[Any]
     chosen: Sequence[Any]
     rejected: Sequence[Any]
+    negative: Sequence[Any]
     keys: Sequence[Sequence[DrawKey]]
     preference_B: Tensor
     slot_B: Sequence[tuple[int, int]]
@@ -169,6 +193,18 @@ class LossPart:
 
     loss_B: Tensor
     metrics: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer with everything needed to make it again. `temperature` 0 is greedy decoding."""
+
+    prompt: str
+    text: str
+    seed: int
+    temperature: float
+    images: tuple[ImageRef, ...] = ()
+    model: str = ""
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from mmalign.config import ConfigError, LoadedConfig
+from mmalign.config import LoadedConfig
 from mmalign.run.folder import RunResult
 from mmalign.run.reference import ReferenceCache, chunked, score_reference
 from mmalign.run.session import Session
-from mmalign.types import Batch, LossPart, Score
+from mmalign.types import Batch, LossPart
 
 
 def train(loaded: LoadedConfig) -> RunResult:
     """Train to `train.steps` (or the stop rule, or an interruption), continuing what the run folder holds."""
-    if loaded.config.rewards:
-        raise ConfigError(
-            "rewards: this method learns from fixed data and would ignore them; report them under evaluate.rewards"
-        )
     with Session(loaded) as session:
         if session.already_finished is not None:
             return session.already_finished
@@ -87,7 +83,7 @@ def losses(
     with torch.no_grad():
         score = chunked(policy, requests, chunk)
     value_R = score.value_R.requires_grad_(True)
-    part = method.loss(batch, Score(value_R, score.per_draw_RK, score.kind), reference_R)
+    part = method.loss(batch, score, reference_R)
     record(meter, part, config.accumulate)
     (gradient_R,) = torch.autograd.grad(part.loss_B.mean(), value_R)
     for start in range(0, len(requests), chunk):
@@ -115,4 +111,4 @@ def record(meter: Any, part: LossPart, accumulate: int) -> None:
 
 def sync_only(now: bool, accelerator: Accelerator, policy: Any) -> Any:
     """Gradients cross processes once per optimizer step, with the last backward."""
-    return nullcontext() if now else accelerator.no_sync(policy.denoiser)
+    return nullcontext() if now else accelerator.no_sync(policy.network)

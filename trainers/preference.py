@@ -1,6 +1,7 @@
-"""Preference learning from pairs: any weighted sum of losses on scores (Diffusion-DPO, MaPO, SFT and mixtures).
+"""Preference learning from pairs: any weighted sum of losses on scores (Diffusion-DPO, Flow-DPO, MaPO, DPO, mDPO, SFT).
 
-Shape legend: B rows, R = 2B requests ordered [chosen of all rows, rejected of all rows].
+Shape legend: B rows, Q request kinds (`chosen`, `rejected`, `negative`: the chosen target under the image negative),
+R = Q·B requests ordered kind by kind.
 """
 
 from __future__ import annotations
@@ -17,13 +18,8 @@ from torch import Tensor
 from mmalign import registry
 from mmalign.types import Batch, DataError, LossPart, Request, Row, Score
 
-INPUTS = (
-    "chosen_ratio_B",
-    "rejected_ratio_B",
-    "chosen_score_B",
-    "rejected_score_B",
-    "preference_B",
-)
+KINDS = ("chosen", "rejected", "negative")
+INPUTS = ("preference_B", "chosen_length_B", *(f"{kind}_{what}_B" for kind in KINDS for what in ("ratio", "score")))
 
 
 @dataclass(frozen=True)
@@ -56,8 +52,10 @@ class Preference:
             raise ValueError("method.losses is empty: name at least one loss, e.g. [{name: dpo, beta: 5000}]")
         self.terms = [make_term(dict(loss)) for loss in losses]
         asked = {name for term in self.terms for name in term.inputs}
-        self.needs_reference = bool(asked & {"chosen_ratio_B", "rejected_ratio_B"})
-        self.needs_rejected = any(term.compares for term in self.terms)
+        self.needs_reference = any(name.endswith("_ratio_B") for name in asked)
+        self.needs_rejected = any(name.startswith("rejected") for name in asked)
+        self.needs_negative = any(name.startswith("negative") for name in asked)
+        self.kinds = ("chosen", *(("rejected",) * self.needs_rejected), *(("negative",) * self.needs_negative))
         # Losses that compare the pair but cannot read how sure the label is.
         self._hard = [term.name for term in self.terms if term.compares and "preference_B" not in term.inputs]
 
@@ -74,7 +72,7 @@ class Preference:
 
     @property
     def requests_per_row(self) -> int:
-        return 2 if self.needs_rejected else 1
+        return len(self.kinds)
 
     def check_rows(self, rows: Sequence[Row]) -> None:
         """Refuse, before training, rows that the losses would misread. Raises `DataError` naming the first."""
@@ -95,37 +93,50 @@ class Preference:
             )
 
     def requests(self, batch: Batch) -> list[Request]:
-        rows = list(zip(batch.context, batch.chosen, batch.keys, strict=True))
-        if self.needs_rejected:
-            rows += zip(batch.context, batch.rejected, batch.keys, strict=True)
-        return [Request(context, target, keys) for context, target, keys in rows]
+        sides = {
+            "chosen": (batch.context, batch.chosen),
+            "rejected": (batch.context, batch.rejected),
+            "negative": (batch.negative, batch.chosen),
+        }
+        return [
+            Request(context, target, keys)
+            for kind in self.kinds
+            for context, target, keys in zip(*sides[kind], batch.keys, strict=True)
+        ]
 
     def loss(self, batch: Batch, policy: Score, reference_R: Tensor | None) -> LossPart:
         """Unreduced loss `[B]` from the policy's scores and, where needed, the reference's.
 
-        `chosen_error_delta` (winner error minus the reference's) is the number to watch: implicit accuracy rises in every
-        run, also in useless ones.
+        The number to watch is how the winner fares, `chosen_error_delta` or `chosen_logp_delta` (against the reference):
+        implicit accuracy rises in every run, also in useless ones.
         """
         size = len(batch)
         score_R = policy.value_R
+        # What people read: a squared error for diffusion and flow, nats for tokens.
+        unit, factor = ("logp", 1) if policy.kind == "exact" else ("error", -2)
         values: dict[str, Tensor] = {"preference_B": batch.preference_B.to(score_R.device)}
-        values["chosen_score_B"] = score_R[:size]
-        metrics = {"chosen_error": -2 * score_R[:size]}
-        if self.needs_rejected:
-            values["rejected_score_B"] = score_R[size:]
-            metrics["rejected_error"] = -2 * score_R[size:]
-        if reference_R is not None:
-            ratio_R = score_R - reference_R.to(score_R.device)
-            values["chosen_ratio_B"] = ratio_R[:size]
-            metrics["chosen_error_delta"] = -2 * ratio_R[:size]
-            if self.needs_rejected:
-                values["rejected_ratio_B"] = ratio_R[size:]
-                metrics["rejected_error_delta"] = -2 * ratio_R[size:]
-        if self.needs_rejected:
-            kind = "ratio" if reference_R is not None else "score"
-            margin_B = values[f"chosen_{kind}_B"] - values[f"rejected_{kind}_B"]
-            metrics["implicit_accuracy"] = (torch.sign(margin_B) + 1) / 2
-            metrics["margin"] = margin_B
+        metrics: dict[str, Tensor] = {}
+        for index, kind in enumerate(self.kinds):
+            here = slice(index * size, (index + 1) * size)
+            values[f"{kind}_score_B"] = score_R[here]
+            metrics[f"{kind}_{unit}"] = factor * score_R[here]
+            if reference_R is not None:
+                ratio_B = score_R[here] - reference_R[here].to(score_R.device)
+                values[f"{kind}_ratio_B"] = ratio_B
+                metrics[f"{kind}_{unit}_delta"] = factor * ratio_B
+        if policy.num_tokens_R is not None:
+            values["chosen_length_B"] = policy.num_tokens_R[:size].to(score_R.device)
+            metrics["chosen_length"] = values["chosen_length_B"].float()
+        what = "ratio" if reference_R is not None else "score"
+        # negative: does the true image explain the answer better than the corrupted one (mDPO's "imageless" accuracy)
+        for other, accuracy, margin in (
+            ("rejected", "implicit_accuracy", "margin"),
+            ("negative", "image_accuracy", "image_margin"),
+        ):
+            if other in self.kinds:
+                margin_B = values[f"chosen_{what}_B"] - values[f"{other}_{what}_B"]
+                metrics[accuracy] = (torch.sign(margin_B) + 1) / 2
+                metrics[margin] = margin_B
         loss_B = torch.zeros(size, device=score_R.device)
         for term in self.terms:
             term_B = term.function(**{name: values[name] for name in term.inputs})
@@ -155,6 +166,9 @@ def make_term(spec: dict[str, Any]) -> Term:
         inputs.append(parameter.name)
     bound = functools.partial(function, **settings)
     accepts = frozenset(getattr(function, "accepts", ("exact", "surrogate")))
-    term = Term(name, weight, bound, tuple(inputs), getattr(function, "golden", None), accepts)
-    bound(**dict.fromkeys(inputs, torch.full((1,), -0.1)))  # settings out of range fail now, not after loading
+    golden = getattr(function, "golden", None)
+    golden = golden(**settings) if callable(golden) else golden
+    term = Term(name, weight, bound, tuple(inputs), golden, accepts)
+    probe = {name: torch.ones(1) if name == "chosen_length_B" else torch.full((1,), -0.1) for name in inputs}
+    bound(**probe)  # settings out of range fail now, not after loading
     return term

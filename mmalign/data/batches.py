@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 
 from mmalign import randomness
 from mmalign.config import DataConfig
+from mmalign.data.features import Features
 from mmalign.types import Batch, DrawKey, Row
 
 
@@ -43,24 +43,26 @@ class Batches:
 
     Args:
         rows: all rows of the run.
-        features: encodes or looks up prompts and images (`mmalign.data.features.Features`).
+        features: encodes or looks up contexts and targets.
         data: the `data` section.
         seed: of the run.
         batch_size, accumulate: rows per forward, forwards per step.
         num_draws: K draws per row and visit.
+        negatives: whether the method contrasts images.
         rank, world_size: this process's place.
     """
 
     def __init__(
         self,
         rows: Sequence[Row],
-        features: Any,
+        features: Features,
         data: DataConfig,
         *,
         seed: int,
         batch_size: int,
         accumulate: int,
         num_draws: int = 1,
+        negatives: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -70,6 +72,7 @@ class Batches:
             )
         self.rows, self.features, self.data, self.seed = rows, features, data, seed
         self.batch_size, self.accumulate, self.num_draws = batch_size, accumulate, num_draws
+        self.negatives = negatives
         self.rank, self.world_size = rank, world_size
         self.order = Order(len(rows), seed)
 
@@ -85,28 +88,22 @@ class Batches:
     def make(self, visits: Sequence[tuple[int, int]]) -> Batch:
         """The batch of these (row index, visit) pairs.
 
-        Crop, flip and prompt dropout belong to a row's visit and follow its first draw, the same for both images.
+        What varies between visits (crop, flip, prompt dropout, image negative) follows from a visit's first draw.
         """
         rows = [self.rows[index] for index, _ in visits]
         draws = [self._draws(visit) for _, visit in visits]
-        keys = [[DrawKey(self.seed, row.id, d) for d in ds] for row, ds in zip(rows, draws, strict=True)]
-        crops = [self._crop(ds[0]) for ds in draws]
-        flips = [self._flip(row, ds[0]) for row, ds in zip(rows, draws, strict=True)]
-        prompts = [self._prompt(row, ds[0]) for row, ds in zip(rows, draws, strict=True)]
+        first = [ds[0] for ds in draws]
         paired = [row for row in rows if row.rejected is not None]
         assert len(paired) in (0, len(rows)), "rows with and without `rejected` are told apart before training"
-        sides = [row.chosen for row in rows] + [row.rejected for row in paired if row.rejected is not None]
-        repeat = 2 if paired else 1
-        images = self.features.images(sides, [row.id for row in rows] * repeat, crops * repeat, flips * repeat)
-        slots = [(index, (ds[0] // self.num_draws)) for (index, _), ds in zip(visits, draws, strict=True)]
         return Batch(
             rows=rows,
-            context=self.features.prompts(prompts),
-            chosen=images[: len(rows)],
-            rejected=images[len(rows) :],
-            keys=keys,
+            context=self.features.contexts(rows, first),
+            chosen=self.features.targets(rows, "chosen", first),
+            rejected=self.features.targets(rows, "rejected", first) if paired else [],
+            negative=self.features.negatives(rows, first) if self.negatives else [],
+            keys=[[DrawKey(self.seed, row.id, d) for d in ds] for row, ds in zip(rows, draws, strict=True)],
             preference_B=torch.tensor([row.preference for row in rows]),
-            slot_B=slots,
+            slot_B=[(index, ds[0] // self.num_draws) for (index, _), ds in zip(visits, draws, strict=True)],
         )
 
     def iterate(self, first_step: int, last_step: int) -> Iterator[Batch]:
@@ -130,13 +127,3 @@ class Batches:
         if self.data.cache_reference:
             first %= self.data.cache_reference
         return list(range(first, first + self.num_draws))
-
-    def _crop(self, draw: int) -> int:
-        return draw % self.data.num_crops if self.data.crop == "random" else 0
-
-    def _flip(self, row: Row, draw: int) -> bool:
-        return self.data.flip and randomness.uniform(self.seed, "flip", row.id, draw) < 0.5
-
-    def _prompt(self, row: Row, draw: int) -> str:
-        dropped = randomness.uniform(self.seed, "prompt_dropout", row.id, draw) < self.data.prompt_dropout
-        return "" if dropped else row.prompt

@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmalign.config import DataConfig
-    from mmalign.data.features import Features
-    from mmalign.data.images import PreparedImage
+    from mmalign.data.features import Entry, Features, Kind
     from mmalign.policies.base import Policy
 
 LAYOUT = "mmalign-features-1"
@@ -154,8 +153,8 @@ class CacheReport:
 
     Args:
         num_images: different images (by content).
-        num_prompts: different prompts, the empty one included.
-        encoded, reused: entries made now and found in the cache; an image has one entry per crop and flip.
+        num_prompts: different prompts, the empty one included; 0 where prompts are token ids, which are not cached.
+        encoded, reused: entries made now and found in the cache; an image has one entry per crop and flip, or negative.
         bytes: of these entries on disk.
         seconds: wall time.
         bad: rows that cannot be used (`on_bad_row: skip`): drop them with `load.drop_bad`.
@@ -184,30 +183,37 @@ def build_cache(
     cache: FeatureCache,
     *,
     seed: int,
+    share: tuple[int, int] = (0, 1),
+    negatives: bool = False,
     progress: Callable[[int, int], None] | None = None,
     batch_size: int = 8,
 ) -> CacheReport:
-    """Encode what `rows` need and the cache lacks: each different prompt and "", each different image once per crop
-    and flip. Also the place where undecodable images and identical pairs come to light.
+    """Encode what `rows` need and the cache lacks, each different prompt and image once per variant (crop and flip;
+    image negative). Also the place where undecodable images, identical pairs and over-long rows come to light.
 
     Args:
-        seed: of the run; random crops depend on it.
+        rows: all rows of the run.
+        seed: of the run; random crops and negatives depend on it.
+        share: (process, processes); each encodes a slice of the rows, together they fill a shared cache.
+        negatives: whether the method contrasts images, so that their negatives are encoded too.
         progress: called with (items done, items in all).
         batch_size: images or prompts per encoder call.
 
     Raises `DataError` on the first bad row (`on_bad_row: error`); with `skip` bad rows are in the report.
     """
-    from mmalign.data.features import Features
+    from mmalign.data.features import make_features
 
     started = time.monotonic()
-    build = _Build(Features(policy, config, cache, seed=seed), cache, config, batch_size)
-    prompts = sorted({"", *(row.prompt for row in rows)})
-    total = len(prompts) + len(rows)
+    features = make_features(policy, config, cache, seed=seed, rows=rows, negatives=negatives)
+    build = _Build(features, cache, config, batch_size)
+    mine = rows[share[0] :: share[1]]
+    prompts = features.prompt_entries(mine)
+    total = len(prompts) + len(mine)
     try:
         for done in build.prompts(prompts):
             if progress is not None:
                 progress(done, total)
-        for done in build.images(rows):
+        for done in build.images(mine):
             if progress is not None:
                 progress(len(prompts) + done, total)
     finally:
@@ -229,7 +235,7 @@ class _Missing:
 
     digests: list[str] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
-    prepared: dict[str, tuple[PreparedImage, str]] = field(default_factory=dict)
+    prepared: dict[str, tuple[Any, str]] = field(default_factory=dict)
     problem: BadRow | None = None
 
 
@@ -240,59 +246,58 @@ class _Build:
         self.bad: list[BadRow] = []
         self.digests: set[str] = set()
         self._done: set[str] = set()
-        self._pending: dict[str, tuple[PreparedImage, str]] = {}
+        self._pending: dict[str, tuple[Any, str]] = {}
 
-    def prompts(self, prompts: Sequence[str]) -> Iterator[int]:
+    def prompts(self, entries: Sequence[Entry]) -> Iterator[int]:
         missing = []
-        for prompt in prompts:
-            size = self.cache.size(self.features.prompt_key(prompt))
+        for entry in entries:
+            size = self.cache.size(entry.key)
             if size is None:
-                missing.append(prompt)
+                missing.append(entry)
             else:
                 self.reused += 1
                 self.bytes += size
         for start in range(0, len(missing), self.batch_size):
             chunk = missing[start : start + self.batch_size]
-            for prompt, record in zip(chunk, self.features.encode_prompts(chunk), strict=True):
-                self._put(self.features.prompt_key(prompt), record)
-            yield len(prompts) - len(missing) + start + len(chunk)
+            self._encode("prompt", {entry.key: (entry.prepare(), entry.source) for entry in chunk})
+            yield len(entries) - len(missing) + start + len(chunk)
 
     def images(self, rows: Sequence[Row]) -> Iterator[int]:
-        from mmalign.data.load import map_threaded
+        from mmalign.data.load import map_threaded, stopped_by
 
-        for done, (row, found) in enumerate(zip(rows, map_threaded(self._missing, rows), strict=True), start=1):
+        for done, found in enumerate(map_threaded(self._missing, rows), start=1):
             if found.problem is not None:
                 if self.config.on_bad_row == "error":
-                    raise DataError(f"{found.problem}. (data.on_bad_row: skip leaves bad rows out and lists them)")
+                    raise stopped_by(found.problem)
                 self.bad.append(found.problem)
             else:
-                self._take(row, found)
+                self._take(found)
             yield done
         while self._pending:
-            self._encode()
+            self._encode_pending()
 
     def _missing(self, row: Row) -> _Missing:
-        """Runs in threads: hash, look up, decode."""
+        """Runs in threads: check, hash, look up, decode."""
         from mmalign.data.load import identical
 
         found = _Missing()
-        refs = [row.chosen] if row.rejected is None else [row.chosen, row.rejected]
+        reason = self.features.problem(row)
+        if reason is not None:
+            return _Missing(problem=BadRow(row.source, reason, row.id))
         try:
-            found.digests = [self.cache.digests.digest(ref) for ref in refs]
-            if len(refs) == 2 and found.digests[0] == found.digests[1]:
-                return _Missing(problem=identical(row))
-            for ref in refs:
-                for crop_id, flip in self.features.variants():
-                    key = self.features.image_key(ref, row.id, crop_id, flip)
-                    found.keys.append(key)
-                    if key not in self._done and self.cache.size(key) is None:
-                        prepared = self.features.prepare(ref, row.id, crop_id, flip)
-                        found.prepared[key] = (prepared, ref.source)
+            found.digests = [self.cache.digests.digest(ref) for ref in self.features.images_of(row)]
+            problem = identical(row, self.cache.digests.digest)
+            if problem is not None:
+                return _Missing(problem=problem)
+            for entry in self.features.image_entries(row):
+                found.keys.append(entry.key)
+                if entry.key not in self._done and self.cache.size(entry.key) is None:
+                    found.prepared[entry.key] = (entry.prepare(), entry.source)
         except DataError as error:
-            return _Missing(problem=BadRow(row.source, str(error), row.id))
+            return _Missing(problem=BadRow(row.source, str(error).removeprefix(f"{row.source}: "), row.id))
         return found
 
-    def _take(self, row: Row, found: _Missing) -> None:
+    def _take(self, found: _Missing) -> None:
         self.digests.update(found.digests)
         for key in found.keys:
             if key in self._done:
@@ -304,14 +309,14 @@ class _Build:
                 self.reused += 1
                 self.bytes += self.cache.size(key) or 0
         while len(self._pending) >= self.batch_size:
-            self._encode()
+            self._encode_pending()
 
-    def _encode(self) -> None:
-        chunk = [(key, self._pending.pop(key)) for key in list(self._pending)[: self.batch_size]]
-        records = self.features.encode_images([image for _, (image, _) in chunk], [s for _, (_, s) in chunk])
-        for (key, _), record in zip(chunk, records, strict=True):
-            self._put(key, record)
+    def _encode_pending(self) -> None:
+        keys = list(self._pending)[: self.batch_size]
+        self._encode("image", {key: self._pending.pop(key) for key in keys})
 
-    def _put(self, key: str, record: Record) -> None:
-        self.bytes += self.cache.put(key, record)
-        self.encoded += 1
+    def _encode(self, kind: Kind, chunk: dict[str, tuple[Any, str]]) -> None:
+        records = self.features.encode(kind, [ready for ready, _ in chunk.values()], [s for _, s in chunk.values()])
+        for key, record in zip(chunk, records, strict=True):
+            self.bytes += self.cache.put(key, record)
+            self.encoded += 1

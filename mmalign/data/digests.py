@@ -51,6 +51,9 @@ def location(ref: ImageRef) -> str | None:
     elif not version:
         return None
     cell = [getattr(ref, name, None) for name in CELL_FIELDS]
+    item = getattr(ref, "item", None)
+    if item is not None:
+        cell.append(item)
     text = json.dumps([str(ref.path.absolute()), version, *cell])
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 

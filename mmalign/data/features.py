@@ -1,34 +1,111 @@
-"""Encoded prompts and images for a batch: from the cache where there is one, else from the frozen encoders.
+"""What a batch is made of: contexts, targets and image negatives, from the cache where there is one, else encoded.
 
-With and without a cache the same records come out: what is encoded, and how it is cropped and flipped, depends on the
-image, the row id and the seed alone.
+`ImageFeatures` serves policies that draw images (prompt records, latents of both images), `TextFeatures` those that
+answer in text (token ids and vision features). With and without a cache the same records come out: they depend on the
+row, the draw and the seed alone.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from mmalign.config import NegativeConfig
 from mmalign.data.cache import FeatureCache, feature_key
 from mmalign.data.digests import DigestIndex
 from mmalign.data.images import PreparedImage, prepare_image
+from mmalign.data.negatives import Others, black, make_negative
+from mmalign.data.texts import response_problem
 from mmalign.randomness import uniform
-from mmalign.types import ImageRef
+from mmalign.types import DataError, ImageRef, Row, Side
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
     from mmalign.config import DataConfig
-    from mmalign.policies.base import Policy
 
     Record = dict[str, Tensor]
 
 CENTRE = (0.5, 0.5)
+OVERFLOW = "SDXL's own VAE overflows in fp16: set model.dtype to bf16 or fp32, or model.vae to a VAE made for fp16"
+OVERFLOW_VISION = "set model.dtype to bf16 or fp32"
 
 
-class Features:
+Kind = Literal["prompt", "image"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cache entry that a row needs. `prepare` makes what the encoder takes; it may raise `DataError`."""
+
+    key: str
+    source: str
+    prepare: Callable[[], Any]
+
+
+class Features(Protocol):
     """Looks up or encodes. May be called from several threads; the policy is called from one at a time.
+
+    `draws` holds each row's first draw id of this visit: what varies between visits (crop, flip, prompt dropout,
+    variant of a negative) follows from it.
+    """
+
+    cache: FeatureCache | None
+
+    def contexts(self, rows: Sequence[Row], draws: Sequence[int]) -> list[Any]:
+        """What each row's response is conditioned on."""
+
+    def targets(self, rows: Sequence[Row], side: Side, draws: Sequence[int]) -> list[Any]:
+        """The encoded `chosen` or `rejected` of each row."""
+
+    def negatives(self, rows: Sequence[Row], draws: Sequence[int]) -> list[Any]:
+        """`contexts` with every image replaced by its negative. Raises `ValueError` where there are none."""
+
+    def problem(self, row: Row) -> str | None:
+        """Why this row cannot be used, found without decoding an image."""
+
+    def prompt_entries(self, rows: Sequence[Row]) -> list[Entry]:
+        """The cache entries of the rows' prompts, each different one once."""
+
+    def image_entries(self, row: Row) -> list[Entry]:
+        """The cache entries of the row's images."""
+
+    def images_of(self, row: Row) -> list[ImageRef]:
+        """The images that `image_entries` come from."""
+
+    def encode(self, kind: Kind, inputs: Sequence[Any], sources: Sequence[str]) -> list[Record]:
+        """Prepared prompts or images straight through the encoder. `sources` name them in errors."""
+
+
+def make_features(
+    policy: Any,
+    config: DataConfig,
+    cache: FeatureCache | None,
+    *,
+    seed: int,
+    rows: Sequence[Row] = (),
+    negatives: bool = False,
+) -> Features:
+    """The features that fit the policy's modality.
+
+    Args:
+        cache: None encodes at every call and keeps nothing.
+        seed: of the run; crops, flips, dropout and negatives depend on it.
+        rows: all rows of the run; `data.image_negative.kind: other` takes its images from them.
+        negatives: whether the method contrasts images, so that `image_entries` names the negatives too.
+    """
+    if policy.modality == "text":
+        return TextFeatures(policy, config, cache, seed=seed, rows=rows, with_negatives=negatives)
+    return ImageFeatures(policy, config, cache, seed=seed)
+
+
+class ImageFeatures:
+    """Prompts and images for policies that draw images. Both images of a row share crop and flip.
 
     Args:
         policy: whose frozen encoders are used.
@@ -37,11 +114,60 @@ class Features:
         seed: of the run; random crops depend on it.
     """
 
-    def __init__(self, policy: Policy, config: DataConfig, cache: FeatureCache | None, *, seed: int) -> None:
+    def __init__(self, policy: Any, config: DataConfig, cache: FeatureCache | None, *, seed: int) -> None:
         self.policy, self.config, self.cache, self.seed = policy, config, cache, seed
         self.resolution = config.resolution or policy.resolution
         self._digests = cache.digests if cache is not None else DigestIndex(None)
         self._encoding = threading.Lock()
+
+    def contexts(self, rows: Sequence[Row], draws: Sequence[int]) -> list[Record]:
+        return self.prompts([self._prompt(row, draw) for row, draw in zip(rows, draws, strict=True)])
+
+    def targets(self, rows: Sequence[Row], side: Side, draws: Sequence[int]) -> list[Record]:
+        crop_ids = [draw % self.config.num_crops if self.config.crop == "random" else 0 for draw in draws]
+        flips = [self._flip(row, draw) for row, draw in zip(rows, draws, strict=True)]
+        refs = [_image_response(row, side) for row in rows]
+        return self.images(refs, [row.id for row in rows], crop_ids, flips)
+
+    def negatives(self, rows: Sequence[Row], draws: Sequence[int]) -> list[Record]:
+        raise ValueError(
+            "image negatives belong to rows that show images and are answered in text; this model draws images from a "
+            "prompt, so there is no image to replace. Use a method without image contrast"
+        )
+
+    def problem(self, row: Row) -> str | None:
+        for side in (row.chosen, row.rejected):
+            if isinstance(side, str):
+                return (
+                    f"the response is text ({side[:40]!r}), but the model draws images; give an image, or another model"
+                )
+        if row.images or row.history:
+            return "the prompt shows images or earlier turns, but the model draws images from one text prompt alone"
+        return None
+
+    def prompt_entries(self, rows: Sequence[Row]) -> list[Entry]:
+        texts = sorted({"", *(row.prompt for row in rows)})
+        return [Entry(self.prompt_key(text), f"prompt {text[:80]!r}", partial(str, text)) for text in texts]
+
+    def images_of(self, row: Row) -> list[ImageRef]:
+        return [side for side in (row.chosen, row.rejected) if isinstance(side, ImageRef)]
+
+    def image_entries(self, row: Row) -> list[Entry]:
+        return [self._entry(ref, row.id, *variant) for ref in self.images_of(row) for variant in self.variants()]
+
+    def encode(self, kind: Kind, inputs: Sequence[Any], sources: Sequence[str]) -> list[Record]:
+        return self.encode_prompts(inputs) if kind == "prompt" else self.encode_images(inputs, sources)
+
+    def _entry(self, ref: ImageRef, row_id: str, crop_id: int, flip: bool) -> Entry:
+        key = self.image_key(ref, row_id, crop_id, flip)
+        return Entry(key, ref.source, lambda: self.prepare(ref, row_id, crop_id, flip))
+
+    def _flip(self, row: Row, draw: int) -> bool:
+        return self.config.flip and uniform(self.seed, "flip", row.id, draw) < 0.5
+
+    def _prompt(self, row: Row, draw: int) -> str:
+        dropped = uniform(self.seed, "prompt_dropout", row.id, draw) < self.config.prompt_dropout
+        return "" if dropped else row.prompt
 
     def prompt(self, text: str) -> Record:
         """The text features of one prompt."""
@@ -52,13 +178,7 @@ class Features:
         if self.cache is None:
             return self.encode_prompts(texts)
         keys = [self.prompt_key(text) for text in texts]
-        found = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
-        missing = {key: text for key, text in zip(keys, texts, strict=True) if found[key] is None}
-        if missing:
-            for key, record in zip(missing, self.encode_prompts(list(missing.values())), strict=True):
-                self.cache.put(key, record)
-                found[key] = record
-        return _all(found, keys)
+        return _look_up(self.cache, dict(zip(keys, texts, strict=True)), keys, self.encode_prompts)
 
     def image(self, ref: ImageRef, row_id: str, crop_id: int = 0, flip: bool = False) -> Record:
         """The features of one image under one crop and flip."""
@@ -74,16 +194,8 @@ class Features:
         requests = list(zip(refs, row_ids, crop_ids, flips, strict=True))
         if self.cache is None:
             return self.encode_images([self.prepare(*request) for request in requests], [r.source for r in refs])
-        keys = [self.image_key(*request) for request in requests]
-        found = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
-        missing = {key: request for key, request in zip(keys, requests, strict=True) if found[key] is None}
-        if missing:
-            prepared = [self.prepare(*request) for request in missing.values()]
-            records = self.encode_images(prepared, [request[0].source for request in missing.values()])
-            for key, record in zip(missing, records, strict=True):
-                self.cache.put(key, record)
-                found[key] = record
-        return _all(found, keys)
+        entries = [self._entry(*request) for request in requests]
+        return _look_up_images(self.cache, entries, self.encode_images)
 
     def variants(self) -> list[tuple[int, bool]]:
         """All (crop id, flip) that the config can ask for."""
@@ -109,25 +221,238 @@ class Features:
         return feature_key("image", self.policy.encode_key("image"), digest, self.resolution, *crop, bool(flip))
 
     def encode_prompts(self, texts: Sequence[str]) -> list[Record]:
-        """Straight from the encoder."""
         with self._encoding:
             records = self.policy.encode_prompts(list(texts))
-        return _checked(records, [f"prompt {text[:80]!r}" for text in texts])
+        return _checked(records, [f"prompt {text[:80]!r}" for text in texts], OVERFLOW)
 
     def encode_images(self, images: Sequence[PreparedImage], sources: Sequence[str]) -> list[Record]:
-        """Straight from the encoder. `sources` name the images in errors."""
         prepared: list[Any] = list(images)
         with self._encoding:
             records = self.policy.encode_images(prepared)
-        return _checked(records, sources)
+        return _checked(records, sources, OVERFLOW)
 
 
-def _all(found: dict[str, Record | None], keys: Sequence[str]) -> list[Record]:
+class TextFeatures:
+    """Token ids and vision features for policies that answer in text.
+
+    Every image has a key of its content and what was done to it: it is encoded once, and the policy shares a prefix only
+    between requests with the same keys.
+
+    Args:
+        policy: tokenizes rows and encodes images.
+        config: the `data` section.
+        cache: None encodes at every call and keeps nothing.
+        seed: of the run; image negatives depend on it.
+        rows: all rows of the run; needed for `image_negative.kind: other` alone.
+        with_negatives: whether `image_entries` names the negatives too.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        config: DataConfig,
+        cache: FeatureCache | None,
+        *,
+        seed: int,
+        rows: Sequence[Row] = (),
+        with_negatives: bool = False,
+    ) -> None:
+        self.policy, self.config, self.cache, self.seed = policy, config, cache, seed
+        self.negative = config.image_negative or NegativeConfig()
+        self.with_negatives = with_negatives
+        self._rows = rows
+        self._others: Others | None = None
+        self._digests = cache.digests if cache is not None else DigestIndex(None)
+        self._readable: set[str] = set()
+        self._encoding = threading.Lock()
+        self._tokenizing = threading.Lock()
+        self._picking = threading.Lock()
+
+    def contexts(self, rows: Sequence[Row], draws: Sequence[int]) -> list[Any]:
+        return self._contexts(rows, [self._shown(row) for row in rows])
+
+    def targets(self, rows: Sequence[Row], side: Side, draws: Sequence[int]) -> list[Any]:
+        from mmalign.policies.tokens import TokenTarget
+
+        return [TokenTarget(self._tokenize(row, side)[1]) for row in rows]
+
+    def negatives(self, rows: Sequence[Row], draws: Sequence[int]) -> list[Any]:
+        for row in rows:
+            if not row.images:
+                raise DataError(f"{row.source}: the row shows no image, so there is none to contrast it with")
+        variants = [draw % self.negative.variants for draw in draws]
+        entries = [self._negatives(row, variant) for row, variant in zip(rows, variants, strict=True)]
+        replaced = [replace(row, images=row.rejected_images) if row.rejected_images else row for row in rows]
+        return self._contexts(replaced, entries)
+
+    def problem(self, row: Row) -> str | None:
+        found = response_problem(row)
+        if found is not None:
+            return found
+        if row.chosen is None:
+            return None
+        try:
+            prompts = [self._tokenize(row, side)[0].tolist() for side in _sides(row)]
+        except ValueError as error:
+            return str(error).removeprefix(f"{row.source}: ")
+        if any(prompt != prompts[0] for prompt in prompts):
+            return "chosen and rejected would need different prompts after truncation; raise data.max_length"
+        return None
+
+    def prompt_entries(self, rows: Sequence[Row]) -> list[Entry]:
+        return []  # Token ids are made anew for each batch; that costs less than reading them.
+
+    def images_of(self, row: Row) -> list[ImageRef]:
+        return [*row.images, *(row.rejected_images if self.with_negatives else ())]
+
+    def image_entries(self, row: Row) -> list[Entry]:
+        shown = self._shown(row)
+        if not self.with_negatives:
+            return shown
+        num_variants = 1 if row.rejected_images else self.negative.variants
+        return shown + [entry for variant in range(num_variants) for entry in self._negatives(row, variant)]
+
+    def encode(self, kind: Kind, inputs: Sequence[Any], sources: Sequence[str]) -> list[Record]:
+        assert kind == "image"
+        return self.encode_images(inputs, sources)
+
+    def encode_images(self, images: Sequence[Image.Image], sources: Sequence[str]) -> list[Record]:
+        with self._encoding:
+            records = self.policy.encode_images(list(images))
+        return _checked(records, sources, OVERFLOW_VISION)
+
+    def _contexts(self, rows: Sequence[Row], entries: Sequence[Sequence[Entry]]) -> list[Any]:
+        from mmalign.policies.tokens import TokenContext
+
+        records = iter(self._vision([entry for of_row in entries for entry in of_row]))
+        return [
+            TokenContext(
+                ids=self._tokenize(row, _sides(row)[0])[0],
+                features=tuple(next(records)["features"] for _ in of_row),
+                image_ids=tuple(entry.key for entry in of_row),
+            )
+            for row, of_row in zip(rows, entries, strict=True)
+        ]
+
+    def _vision(self, entries: Sequence[Entry]) -> list[Record]:
+        """The vision features of each entry; what is missing is encoded in one call, each different image once."""
+        if self.cache is not None:
+            return _look_up_images(self.cache, entries, self.encode_images)
+        unique = {entry.key: entry for entry in entries}
+        if not unique:
+            return []
+        images = [entry.prepare() for entry in unique.values()]
+        found = dict(zip(unique, self.encode_images(images, [entry.source for entry in unique.values()]), strict=True))
+        return [found[entry.key] for entry in entries]
+
+    def _tokenize(self, row: Row, side: Side) -> tuple[Tensor, Tensor]:
+        # Fast tokenizers refuse to be used from two threads at once.
+        with self._tokenizing:
+            ids_P, ids_T = self.policy.tokenize(row, side)
+        return ids_P, ids_T
+
+    def _shown(self, row: Row) -> list[Entry]:
+        return [self._black(ref) if self.config.blind else self._as_is(ref) for ref in row.images]
+
+    def _as_is(self, ref: ImageRef) -> Entry:
+        return Entry(self._key(ref), ref.source, ref.open)
+
+    def _black(self, ref: ImageRef) -> Entry:
+        return Entry(self._key(ref, "black"), ref.source, lambda: black(ref.open()))
+
+    def _negatives(self, row: Row, variant: int) -> list[Entry]:
+        if self.config.blind or (self.negative.kind == "black" and not row.rejected_images):
+            return [self._black(ref) for ref in row.rejected_images or row.images]
+        if row.rejected_images:
+            return [self._as_is(ref) for ref in row.rejected_images]
+        return [self._negative(row, ref, place, variant) for place, ref in enumerate(row.images)]
+
+    def _negative(self, row: Row, ref: ImageRef, place: int, variant: int) -> Entry:
+        config = self.negative
+        if config.kind == "other":
+            return self._as_is(self._other(row, place, variant))
+        parts = [config.kind, self.seed, row.id, place, variant, *(config.area if config.kind == "crop" else ())]
+
+        def prepare() -> Image.Image:
+            return make_negative(ref.open(), config, seed=self.seed, row_id=row.id, variant=variant, place=place)
+
+        return Entry(self._key(ref, *parts), ref.source, prepare)
+
+    def _other(self, row: Row, place: int, variant: int) -> ImageRef:
+        """Another row's image that can be read and that this row does not show."""
+        with self._picking:
+            if self._others is None:
+                self._others = Others(list(self._all_images()), self._digests.digest, self.seed)
+        own = {self._digests.digest(ref) for ref in row.images}
+        for digest, ref in self._others.candidates(row.id, variant, place, own):
+            if self._is_readable(digest, ref):
+                return ref
+        raise DataError(
+            f"{row.source}: no other row shows a different image, so data.image_negative.kind: other has nothing to "
+            f"take; use kind: crop"
+        )
+
+    def _all_images(self) -> Iterator[ImageRef]:
+        for row in self._rows:
+            for ref in row.images:
+                with suppress(DataError):  # An unreadable image is its own row's problem.
+                    self._digests.digest(ref)
+                    yield ref
+
+    def _is_readable(self, digest: str, ref: ImageRef) -> bool:
+        if digest in self._readable:
+            return True
+        if self.cache is None or self.cache.size(self._key(ref)) is None:
+            try:
+                ref.open()
+            except DataError:
+                return False
+        self._readable.add(digest)
+        return True
+
+    def _key(self, ref: ImageRef, *done: Any) -> str:
+        """Identity of an image and of what was done to it."""
+        return feature_key("vision", self.policy.encode_key("image"), self._digests.digest(ref), *done)
+
+
+def _sides(row: Row) -> list[Side]:
+    """The sides that hold a response; a row with a prompt alone has its (empty) chosen side tokenized."""
+    return ["chosen", "rejected"] if row.rejected is not None else ["chosen"]
+
+
+def _image_response(row: Row, side: Side) -> ImageRef:
+    found = row.chosen if side == "chosen" else row.rejected
+    if not isinstance(found, ImageRef):
+        held = "text" if isinstance(found, str) else "nothing"
+        raise DataError(f"{row.source}: `{side}` holds {held}; a model that draws images needs an image there")
+    return found
+
+
+def _look_up_images(
+    cache: FeatureCache, entries: Sequence[Entry], encode: Callable[[Sequence[Any], Sequence[str]], list[Record]]
+) -> list[Record]:
+    def encode_entries(missing: Sequence[Entry]) -> list[Record]:
+        return encode([entry.prepare() for entry in missing], [entry.source for entry in missing])
+
+    keys = [entry.key for entry in entries]
+    return _look_up(cache, dict(zip(keys, entries, strict=True)), keys, encode_entries)
+
+
+def _look_up(
+    cache: FeatureCache, wanted: dict[str, Any], keys: Sequence[str], encode: Callable[[list[Any]], list[Record]]
+) -> list[Record]:
+    """The record of each key; what the cache lacks is encoded in one call, each once, and kept."""
+    found = {key: cache.get(key) for key in wanted}
+    missing = [key for key, record in found.items() if record is None]
+    if missing:
+        for key, record in zip(missing, encode([wanted[key] for key in missing]), strict=True):
+            cache.put(key, record)
+            found[key] = record
     records = [found[key] for key in keys]
     return [record for record in records if record is not None]
 
 
-def _checked(records: Sequence[Record], sources: Sequence[str]) -> list[Record]:
+def _checked(records: Sequence[Record], sources: Sequence[str], hint: str) -> list[Record]:
     """Own, contiguous, finite CPU tensors, one record per source."""
     import torch
 
@@ -141,9 +466,6 @@ def _checked(records: Sequence[Record], sources: Sequence[str]) -> list[Record]:
         own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in record.items()}
         for name, tensor in own.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise ValueError(
-                    f"{source}: the encoder gave NaN or infinity in {name!r}; SDXL's own VAE overflows in fp16: "
-                    f"set model.dtype to bf16 or fp32, or model.vae to a VAE made for fp16"
-                )
+                raise ValueError(f"{source}: the encoder gave NaN or infinity in {name!r}; {hint}")
         result.append(own)
     return result

@@ -106,11 +106,7 @@ class RowBuilder:
             prompt = self.prompt(values)
             if rejected is not None and same_image(chosen, rejected):
                 raise BadValueError("chosen and rejected are the same image: nothing to prefer; remove the row")
-            numbers = {name: number(values, name) for name in NUMBERS}
-            if preference is None:
-                preference = 1.0 if numbers["preference"] is None else numbers["preference"]
-            if not 0.0 <= preference <= 1.0:
-                raise BadValueError(f"preference {preference} must be a probability between 0 and 1")
+            numbers = numbers_of(values, preference)
             row_id = self.row_id(values, identity)
         except BadValueError as error:
             return BadRow(source, str(error))
@@ -119,10 +115,10 @@ class RowBuilder:
             prompt=prompt,
             chosen=chosen,
             rejected=rejected,
-            preference=preference,
-            margin=numbers["margin"],
-            score_chosen=numbers["score_chosen"],
-            score_rejected=numbers["score_rejected"],
+            preference=numbers.preference,
+            margin=numbers.margin,
+            score_chosen=numbers.score_chosen,
+            score_rejected=numbers.score_rejected,
             source=source,
             columns={name: values[name] for name in extra if name in values},
         )
@@ -136,12 +132,7 @@ class RowBuilder:
                 f"{self.columns.prompt!r} is empty ({value!r}); write a caption, "
                 f"or allow it with data.options.allow_empty_prompt: true"
             )
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise BadValueError(
-                f"{self.columns.prompt!r} holds half of a surrogate pair at {error.start}; repair it"
-            ) from None
+        check_encodable(value, repr(self.columns.prompt))
         return value
 
     def row_id(self, values: Mapping[str, Any], identity: str) -> str:
@@ -152,6 +143,34 @@ class RowBuilder:
             return str(explicit)
         count = self._derived[identity] = self._derived.get(identity, 0) + 1
         return identity if count == 1 else f"{identity}#{count}"
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers a row may bring."""
+
+    preference: float
+    margin: float | None
+    score_chosen: float | None
+    score_rejected: float | None
+
+
+def numbers_of(values: Mapping[str, Any], preference: float | None = None) -> Numbers:
+    """Checked numbers of a row; `preference` overrides the column of that name. Raises `BadValueError`."""
+    found = {name: number(values, name) for name in NUMBERS}
+    if preference is None:
+        preference = 1.0 if found["preference"] is None else found["preference"]
+    if not 0.0 <= preference <= 1.0:
+        raise BadValueError(f"preference {preference} must be a probability between 0 and 1")
+    return Numbers(preference, found["margin"], found["score_chosen"], found["score_rejected"])
+
+
+def check_encodable(text: str | None, what: str) -> None:
+    """Raises `BadValueError` for text that no file could hold."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise BadValueError(f"{what} holds half of a surrogate pair at {error.start}; repair it") from None
 
 
 def digest_of(*parts: Any) -> str:

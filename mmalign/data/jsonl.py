@@ -29,10 +29,12 @@ from mmalign.types import DataError, ImageRef, Row
 
 @dataclass(frozen=True)
 class JsonlImageRef(ImageRef):
-    """An image embedded in a line of a JSONL file. `path` is the JSONL file, `offset` the line's first byte."""
+    """An image embedded in a line of a JSONL file. `path` is the JSONL file, `offset` the line's first byte, `item` the
+    place in a list of images."""
 
     offset: int = 0
     column: str = ""
+    item: int | None = None
 
     def read_bytes(self) -> bytes:
         assert self.path is not None
@@ -40,7 +42,7 @@ class JsonlImageRef(ImageRef):
             with self.path.open("rb") as file:
                 file.seek(self.offset)
                 values = json.loads(file.readline())
-            value = values[self.column]
+            value = values[self.column] if self.item is None else values[self.column][self.item]
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise DataError(f"{self.source}: the file changed while it was in use ({error}); start again") from None
         return image_bytes(value, folder=self.path.parent, source=self.source)

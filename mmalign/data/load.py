@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmalign import registry
-from mmalign.data.digests import replace_file
+from mmalign.data.digests import CELL_FIELDS, replace_file
 from mmalign.data.fields import BadRow, Dropped
 from mmalign.data.readers import detect_format
 from mmalign.randomness import uniform
@@ -25,6 +25,7 @@ from mmalign.types import DataError, ImageRef, Row
 if TYPE_CHECKING:
     from mmalign.config import DataConfig
     from mmalign.data.digests import DigestIndex
+    from mmalign.data.features import Features
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -89,7 +90,7 @@ def read_rows(config: DataConfig, *, stop_at_bad: bool) -> tuple[list[Row], list
             item = BadRow(item.source, f"the id {item.id!r} is already used by {seen[item.id]}; ids must be unique")
         if isinstance(item, BadRow):
             if stop_at_bad:
-                raise DataError(f"{item}. (data.on_bad_row: skip leaves bad rows out and lists them)")
+                raise stopped_by(item)
             bad.append(item)
             counts["bad"] += 1
             continue
@@ -131,8 +132,11 @@ def fingerprint(rows: Iterable[Row]) -> str:
     """A hash of what the rows say, the same wherever the data lies."""
     state = hashlib.blake2b(digest_size=16)
     for row in rows:
-        parts = [row.id, row.prompt, row.preference, row.margin, row.score_chosen, row.score_rejected]
-        parts += [_image_name(row.chosen), None if row.rejected is None else _image_name(row.rejected)]
+        parts: list[Any] = [row.id, row.prompt, row.preference, row.margin, row.score_chosen, row.score_rejected]
+        parts += [_named(row.chosen), _named(row.rejected)]
+        if row.images or row.history:
+            parts.append([_named(ref) for ref in (*row.images, *row.rejected_images)])
+            parts.append([[turn.role, turn.text] for turn in row.history])
         state.update(json.dumps(parts).encode())
         state.update(b"\n")
     return state.hexdigest()
@@ -142,16 +146,29 @@ def content_fingerprint(named: str, rows: Iterable[Row], digests: DigestIndex) -
     """`fingerprint` with the content of every image in it: a file replaced under the same name is other data."""
     state = hashlib.blake2b(named.encode(), digest_size=16)
     for row in rows:
-        for ref in (row.chosen, row.rejected):
-            if ref is not None:
-                state.update(digests.digest(ref).encode())
+        for ref in images_of(row):
+            state.update(digests.digest(ref).encode())
     return state.hexdigest()
+
+
+def images_of(row: Row) -> list[ImageRef]:
+    """Every image of a row: its responses, what its prompt shows, and the negatives that came with it."""
+    responses = [side for side in (row.chosen, row.rejected) if isinstance(side, ImageRef)]
+    return [*responses, *row.images, *row.rejected_images]
+
+
+def _named(side: ImageRef | str | None) -> str | list[str] | None:
+    # A list, so that a text never equals the name of an image.
+    return [side] if isinstance(side, str) else None if side is None else _image_name(side)
 
 
 def _image_name(ref: ImageRef) -> str:
     if ref.content is not None:
         return ref.digest()
-    cell = [str(getattr(ref, name)) for name in ("row", "offset", "column") if hasattr(ref, name)]
+    cell = [str(getattr(ref, name)) for name in CELL_FIELDS if hasattr(ref, name)]
+    item = getattr(ref, "item", None)
+    if item is not None:
+        cell.append(str(item))
     assert ref.path is not None
     return "/".join([*ref.path.parts[-2:], *cell])
 
@@ -185,6 +202,17 @@ def drop_bad(row_set: RowSet, bad: Sequence[BadRow], *, bad_rows_path: Path | No
     return replace(row_set, rows=rows, counts=counts, fingerprint=fingerprint(rows), bad=all_bad)
 
 
+def check_rows(row_set: RowSet, features: Features, config: DataConfig, *, bad_rows_path: Path | None = None) -> RowSet:
+    """Ask the model's features whether each row can be used; decodes no image (`verify_images` does).
+
+    With a cache `build_cache` asks on the way. Raises `DataError` on the first row that cannot be used
+    (`on_bad_row: error`), else leaves these rows out.
+    """
+    problems = ((row, features.problem(row)) for row in row_set.rows)
+    found = (BadRow(row.source, reason, row.id) for row, reason in problems if reason is not None)
+    return drop_bad(row_set, list(_stop_or_pass(found, config)), bad_rows_path=bad_rows_path)
+
+
 def verify_images(row_set: RowSet, config: DataConfig, *, bad_rows_path: Path | None = None) -> RowSet:
     """Decode every image once: what `data.cache: true` checks on the way, for runs without a cache.
 
@@ -194,32 +222,43 @@ def verify_images(row_set: RowSet, config: DataConfig, *, bad_rows_path: Path | 
     Raises `DataError` on the first row with an undecodable image or two identical ones (`on_bad_row: error`), else
     leaves these rows out.
     """
-    bad: list[BadRow] = []
-    for problem in map_threaded(image_problem, row_set.rows):
-        if problem is None:
-            continue
+    found = (problem for problem in map_threaded(image_problem, row_set.rows) if problem is not None)
+    return drop_bad(row_set, list(_stop_or_pass(found, config)), bad_rows_path=bad_rows_path)
+
+
+def _stop_or_pass(found: Iterable[BadRow], config: DataConfig) -> Iterator[BadRow]:
+    for problem in found:
         if config.on_bad_row == "error":
-            raise DataError(f"{problem}. (data.on_bad_row: skip leaves bad rows out and lists them)")
-        bad.append(problem)
-    return drop_bad(row_set, bad, bad_rows_path=bad_rows_path)
+            raise stopped_by(problem)
+        yield problem
+
+
+def stopped_by(problem: BadRow) -> DataError:
+    return DataError(f"{problem}. (data.on_bad_row: skip leaves bad rows out and lists them)")
 
 
 def image_problem(row: Row) -> BadRow | None:
     """What makes the images of a row unusable, found by reading them."""
     try:
-        row.chosen.open()
-        if row.rejected is not None:
-            row.rejected.open()
-            if row.chosen.digest() == row.rejected.digest():
-                return identical(row)
+        for ref in images_of(row):
+            ref.open()
+        return identical(row, ImageRef.digest)
     except DataError as error:
         return BadRow(row.source, str(error), row.id)
+
+
+def identical(row: Row, digest: Callable[[ImageRef], str]) -> BadRow | None:
+    """What is wrong with a row whose preferred and other images have the same content."""
+    pair = [digest(side) for side in (row.chosen, row.rejected) if isinstance(side, ImageRef)]
+    if len(pair) == 2 and pair[0] == pair[1]:
+        reason = "chosen and rejected are the same image, byte for byte: nothing to prefer; remove the row"
+        return BadRow(row.source, reason, row.id)
+    if row.rejected_images and [digest(ref) for ref in row.images] == [digest(ref) for ref in row.rejected_images]:
+        reason = (
+            "images and rejected_images are the same, byte for byte: nothing to contrast; leave rejected_images out"
+        )
+        return BadRow(row.source, reason, row.id)
     return None
-
-
-def identical(row: Row) -> BadRow:
-    reason = "chosen and rejected are the same image, byte for byte: nothing to prefer; remove the row"
-    return BadRow(row.source, reason, row.id)
 
 
 def map_threaded(function: Callable[[T], R], items: Iterable[T], *, ahead: int = 4 * NUM_THREADS) -> Iterator[R]:

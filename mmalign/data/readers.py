@@ -13,6 +13,7 @@ from mmalign.data.fields import BadRow, Dropped
 from mmalign.data.folders import read_folders
 from mmalign.data.jsonl import read_jsonl
 from mmalign.data.pickapic import read_pickapic
+from mmalign.data.synthetic import ANSWERS_PATH
 from mmalign.data.tables import is_saved_dataset
 from mmalign.types import DataError
 
@@ -34,7 +35,7 @@ PICKAPIC_COLUMNS = {"caption", "jpg_0", "jpg_1", "label_0", "label_1"}
 def detect_format(path: str) -> str:
     """The reader that fits `path`. Raises `DataError` saying what was looked for when that cannot be told."""
     if path.startswith("builtin:"):
-        return "synthetic"
+        return "synthetic_answers" if path == ANSWERS_PATH else "synthetic"
     local = Path(path).expanduser()
     if local.is_file():
         return _detect_file(local)

@@ -21,6 +21,7 @@ from mmalign.types import DataError, ImageRef
 
 SHARD_NAME = re.compile(r"^(?P<split>.+)-\d{5}-of-\d{5}")
 BATCH_ROWS = 4096
+BATCH_ROWS_WITH_IMAGES = 64
 COLUMN_CHUNKS_KEPT = 4
 
 
@@ -36,11 +37,14 @@ class Table(Protocol):
     def is_path(self, column: str) -> bool:
         """Whether the column holds text, i.e. paths of image files."""
 
-    def rows(self, columns: Sequence[str]) -> Iterator[tuple[Any, str, Mapping[str, Any]]]:
-        """(position, source, values of `columns`) for each row."""
+    def is_list(self, column: str) -> bool:
+        """Whether each cell of the column holds a list."""
 
-    def image(self, position: Any, column: str, source: str) -> ImageRef:
-        """A reference to one image cell."""
+    def rows(self, columns: Sequence[str], counted: Sequence[str] = ()) -> Iterator[tuple[Any, str, Mapping[str, Any]]]:
+        """(position, source, values of `columns` and number of images in each of `counted`) for each row."""
+
+    def image(self, position: Any, column: str, source: str, item: int | None = None) -> ImageRef:
+        """A reference to one image cell, or to one item of a cell that holds a list."""
 
     def folder(self, position: Any) -> Path:
         """Where relative image paths of the row start."""
@@ -52,26 +56,37 @@ class ParquetImageRef(ImageRef):
 
     row: int = 0
     column: str = ""
+    item: int | None = None
 
     def read_bytes(self) -> bytes:
         assert self.path is not None
         value = _CELLS.read(self.path, self.row, self.column, self.source)
-        return image_bytes(value, folder=self.path.parent, source=self.source)
+        return image_bytes(_item(value, self), folder=self.path.parent, source=self.source)
 
 
 @dataclass(frozen=True)
 class DatasetImageRef(ImageRef):
-    """One cell of a Hugging Face dataset. `path` names the dataset; `column_table` holds this one column, undecoded."""
+    """One cell of a Hugging Face dataset. `path` names the dataset; `column_table` holds this one column as Arrow data,
+    so that no image is decoded on the way."""
 
     row: int = 0
     column: str = ""
     version: str = ""
     column_table: Any = field(default=None, repr=False, compare=False)
+    item: int | None = None
 
     def read_bytes(self) -> bytes:
         assert self.path is not None
-        value = self.column_table[self.row][self.column]
-        return image_bytes(value, folder=self.path, source=self.source)
+        value = self.column_table[self.row].column(0)[0].as_py()
+        return image_bytes(_item(value, self), folder=self.path, source=self.source)
+
+
+def _item(value: Any, ref: ParquetImageRef | DatasetImageRef) -> Any:
+    if ref.item is None:
+        return value
+    if value is None or ref.item >= len(value):
+        raise DataError(f"{ref.source}: the table changed while it was in use; start again")
+    return value[ref.item]
 
 
 class _ParquetCells:
@@ -143,31 +158,37 @@ class ParquetTable:
         kind = self._schema.field(column).type
         return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
-    def rows(self, columns: Sequence[str]) -> Iterator[tuple[Any, str, Mapping[str, Any]]]:
+    def is_list(self, column: str) -> bool:
+        return _is_list(self._schema.field(column).type)
+
+    def rows(self, columns: Sequence[str], counted: Sequence[str] = ()) -> Iterator[tuple[Any, str, Mapping[str, Any]]]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         for path in self.files:
-            absent = [name for name in columns if name not in _read_schema(path).names]
+            absent = [name for name in (*columns, *counted) if name not in _read_schema(path).names]
             if absent:
                 raise DataError(f"{path}: {missing(absent[0], _read_schema(path).names)}")
             row = 0
             try:
                 with pq.ParquetFile(path) as file:
-                    if not columns:
+                    if not columns and not counted:
                         for row in range(file.metadata.num_rows):
                             yield (path, row), f"{path}:{row}", {}
                         continue
-                    for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
-                        for values in batch.to_pylist():
+                    leaves = {name: _light_leaf(file, name) for name in counted}
+                    wanted = [*columns, *(leaf or name for name, leaf in leaves.items())]
+                    batch_rows = BATCH_ROWS if all(leaves.values()) else BATCH_ROWS_WITH_IMAGES
+                    for batch in file.iter_batches(batch_rows, columns=wanted):
+                        for values in _with_counts(batch, counted):
                             yield (path, row), f"{path}:{row}", values
                             row += 1
             except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
                 raise DataError(f"{path}: cannot read rows from {row} on: {' '.join(str(error).split())}") from None
 
-    def image(self, position: Any, column: str, source: str) -> ImageRef:
+    def image(self, position: Any, column: str, source: str, item: int | None = None) -> ImageRef:
         path, row = position
-        return ParquetImageRef(path=path, source=source, row=row, column=column)
+        return ParquetImageRef(path=path, source=source, row=row, column=column, item=item)
 
     def folder(self, position: Any) -> Path:
         return position[0].parent
@@ -177,11 +198,6 @@ class DatasetTable:
     """A `datasets.Dataset`, memory-mapped; images stay encoded."""
 
     def __init__(self, label: str, dataset: Any, folder: Path) -> None:
-        from datasets import Image
-
-        for name, feature in dataset.features.items():
-            if isinstance(feature, Image):
-                dataset = dataset.cast_column(name, Image(decode=False))
         self.label = label
         self._dataset = dataset
         self._folder = folder
@@ -190,23 +206,30 @@ class DatasetTable:
         self.column_names = list(dataset.column_names)
 
     def is_light(self, column: str) -> bool:
-        from datasets import Image
-
-        if isinstance(self._dataset.features[column], Image):
-            return False
         return not _holds_binary(self._dataset.features.arrow_schema.field(column).type)
 
     def is_path(self, column: str) -> bool:
         return getattr(self._dataset.features[column], "dtype", None) in ("string", "large_string")
 
-    def rows(self, columns: Sequence[str]) -> Iterator[tuple[Any, str, Mapping[str, Any]]]:
-        light = self._dataset.select_columns(list(columns)) if columns else [{}] * len(self._dataset)
-        for row, values in enumerate(light):
-            yield row, f"{self.label}:{row}", values
+    def is_list(self, column: str) -> bool:
+        return _is_list(self._dataset.features.arrow_schema.field(column).type)
 
-    def image(self, position: Any, column: str, source: str) -> ImageRef:
+    def rows(self, columns: Sequence[str], counted: Sequence[str] = ()) -> Iterator[tuple[Any, str, Mapping[str, Any]]]:
+        if not columns and not counted:
+            for row in range(len(self._dataset)):
+                yield row, f"{self.label}:{row}", {}
+            return
+        # Arrow tables are slices of the mapped file: counting reads offsets, and no image is decoded.
+        chosen = self._dataset.select_columns([*columns, *counted]).with_format("arrow")
+        row = 0
+        for table in chosen.iter(BATCH_ROWS_WITH_IMAGES if counted else BATCH_ROWS):
+            for values in _with_counts(table, counted):
+                yield row, f"{self.label}:{row}", values
+                row += 1
+
+    def image(self, position: Any, column: str, source: str, item: int | None = None) -> ImageRef:
         if column not in self._columns:
-            self._columns[column] = self._dataset.select_columns([column])
+            self._columns[column] = self._dataset.select_columns([column]).with_format("arrow")
         return DatasetImageRef(
             path=self._folder,
             source=source,
@@ -214,6 +237,7 @@ class DatasetTable:
             column=column,
             version=self._version,
             column_table=self._columns[column],
+            item=item,
         )
 
     def folder(self, position: Any) -> Path:
@@ -227,6 +251,12 @@ def _files_version(dataset: Any) -> str:
     return hashlib.blake2b(repr(states).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest() if files else ""
 
 
+def _is_list(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
 def _holds_binary(kind: Any) -> bool:
     import pyarrow as pa
 
@@ -234,6 +264,32 @@ def _holds_binary(kind: Any) -> bool:
     if any(check(kind) for check in binary):
         return True
     return any(_holds_binary(kind.field(index).type) for index in range(kind.num_fields))
+
+
+def _light_leaf(file: Any, column: str) -> str | None:
+    """A text leaf below a column of image records, e.g. `images.list.element.path`: it tells how many images a row has
+    without reading them. None where the column holds bare bytes."""
+    leaves = [file.schema.column(index) for index in range(len(file.schema))]
+    below = [leaf.path for leaf in leaves if leaf.path.startswith(f"{column}.") and str(leaf.logical_type) == "String"]
+    return below[0] if below else None
+
+
+def _with_counts(table: Any, counted: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of an Arrow table, the columns in `counted` replaced by the number of images in them."""
+    import pyarrow as pa
+
+    counts: dict[str, list[int]] = {}
+    for name in counted:
+        column = table.column(name)
+        is_list = _is_list(column.type)
+        # Chunk by chunk: joining them would copy the images.
+        chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+        numbers = [chunk.value_lengths() if is_list else chunk.is_valid().cast(pa.int32()) for chunk in chunks]
+        counts[name] = [number or 0 for part in numbers for number in part.to_pylist()]
+    light = table.select([name for name in table.schema.names if name not in counts])
+    rows = light.to_pylist() if light.num_columns else [{} for _ in range(table.num_rows)]
+    for index, values in enumerate(rows):
+        yield {**values, **{name: numbers[index] for name, numbers in counts.items()}}
 
 
 def _read_schema(path: Path) -> Any:

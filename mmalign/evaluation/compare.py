@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmalign.evaluation.drawing import CellScore
 from mmalign.evaluation.files import replacing, slug, write_text
-from mmalign.evaluation.grid import Cell, CellScore, Column, save_grid
+from mmalign.evaluation.grid import Cell, Column, save_grid
 from mmalign.evaluation.prompts import PromptRow, read_prompt_rows, read_prompts
 from mmalign.evaluation.report import Report, RewardInfo, compare_scores, write_report
 

@@ -1,7 +1,6 @@
 """A comparison grid as one PNG: a row for each prompt, a column for each model and seed, scores under each image.
 
-Drawn with Pillow and the font inside it, so it looks the same everywhere. Tiny images are enlarged by a whole factor
-without smoothing (what is shown is what the model made); large ones are reduced with Lanczos.
+How text and pictures look is `drawing.py`; what stands where is here.
 """
 
 from __future__ import annotations
@@ -9,35 +8,42 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmalign.evaluation.drawing import (
+    FAINT,
+    GROUP_GAP,
+    HEADER_PX,
+    INK,
+    LARGE_CELL_PX,
+    LINE,
+    MARGIN,
+    MAX_PIXELS,
+    MUTED,
+    PAPER,
+    PLACEHOLDER,
+    PROMPT_PX,
+    ROW_GAP,
+    SCORE_PX,
+    SMALL_IMAGE_PX,
+    TEXT_PX,
+    TITLE_PX,
+    CellScore,
+    draw_score,
+    draw_text,
+    fit,
+    line_height,
+    shorten,
+    text_width,
+    wrap,
+)
 from mmalign.evaluation.files import replacing
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
 
-PAPER, INK, MUTED, FAINT, LINE, PLACEHOLDER = "#ffffff", "#16181d", "#6b7280", "#9ca3af", "#e5e7eb", "#f3f4f6"
-GAIN, LOSS = "#15803d", "#b91c1c"
-
-MARGIN, GAP, GROUP_GAP, ROW_GAP = 40, 16, 40, 26
-LABEL_WIDTH, MIN_CONTENT_WIDTH = 270, 420
-TITLE_PX, TEXT_PX, HEADER_PX, PROMPT_PX, SCORE_PX = 30, 17, 18, 19, 16
-LEADING = 1.36
-SMALL_IMAGE_PX, LARGE_CELL_PX, MIN_CELL_PX = 200, 320, 48
-MAX_PIXELS = 40_000_000
-
-
-@dataclass(frozen=True)
-class CellScore:
-    """One score line. `gain` is the difference to the baseline (None: this cell is the baseline or has no partner);
-    `better` says which way is good, None for neither."""
-
-    name: str
-    value: float
-    gain: float | None = None
-    better: bool | None = None
+GAP, LABEL_WIDTH, MIN_CONTENT_WIDTH, MIN_CELL_PX = 16, 270, 420, 48
 
 
 @dataclass(frozen=True)
@@ -55,16 +61,6 @@ class Column:
     label: str
     cells: Sequence[Cell]
     group: str = ""
-
-
-def format_score(value: float, sign: bool = False) -> str:
-    """About three significant places, `n/a` for an invalid score."""
-    if not math.isfinite(value):
-        return "n/a"
-    digits = 1 if abs(value) >= 100 else 2 if abs(value) >= 10 else 3
-    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
-    # A difference that rounds to nothing has no sign.
-    return text if float(text) else text.lstrip("+-")
 
 
 def save_grid(
@@ -107,7 +103,7 @@ def save_grid(
             _draw_cell(canvas, draw, layout, column.cells[row], x, y)
         y += layout.row - ROW_GAP // 2
     if layout.footer:
-        _text(draw, (MARGIN, y + 4), layout.footer, TEXT_PX, MUTED)
+        draw_text(draw, (MARGIN, y + 4), layout.footer, TEXT_PX, MUTED)
     with replacing(path) as temporary:
         canvas.save(temporary, format="PNG", optimize=True)
     return layout.num_rows
@@ -178,14 +174,16 @@ def _measure(
     width = max(x, MARGIN + LABEL_WIDTH + MIN_CONTENT_WIDTH) + MARGIN
     has_groups = any(column.group for column in columns)
     num_scores = max((len(cell.scores) for column in columns for cell in column.cells), default=0)
-    row = ROW_GAP + cell_h + (8 + _line(SCORE_PX) * num_scores if num_scores else 0)
+    row = ROW_GAP + cell_h + (8 + line_height(SCORE_PX) * num_scores if num_scores else 0)
     wrapped_title = wrap(title, TITLE_PX, width - 2 * MARGIN) if title else []
     wrapped_lines = [part for text in lines for part in wrap(text, TEXT_PX, width - 2 * MARGIN)]
-    column_head = (_line(TEXT_PX) if has_groups else 0) + _line(HEADER_PX) + 8
+    column_head = (line_height(TEXT_PX) if has_groups else 0) + line_height(HEADER_PX) + 8
     left_out = len(prompts) - num_rows
     footer = f"{left_out} more prompt{'s' * (left_out != 1)} left out to keep the picture small" if left_out else ""
-    head = _line(TITLE_PX) * len(wrapped_title) + _line(TEXT_PX) * len(wrapped_lines)
-    height = MARGIN + head + (24 if head else 0) + column_head + num_rows * row + (_line(TEXT_PX) + 12) * bool(footer)
+    head = line_height(TITLE_PX) * len(wrapped_title) + line_height(TEXT_PX) * len(wrapped_lines)
+    height = (
+        MARGIN + head + (24 if head else 0) + column_head + num_rows * row + (line_height(TEXT_PX) + 12) * bool(footer)
+    )
     return _Layout(
         width=width,
         height=height + MARGIN - ROW_GAP // 2,
@@ -205,11 +203,11 @@ def _measure(
 def _draw_head(draw: ImageDraw.ImageDraw, layout: _Layout) -> int:
     y = MARGIN
     for text in layout.title:
-        _text(draw, (MARGIN, y), text, TITLE_PX, INK)
-        y += _line(TITLE_PX)
+        draw_text(draw, (MARGIN, y), text, TITLE_PX, INK)
+        y += line_height(TITLE_PX)
     for text in layout.lines:
-        _text(draw, (MARGIN, y), text, TEXT_PX, MUTED)
-        y += _line(TEXT_PX)
+        draw_text(draw, (MARGIN, y), text, TEXT_PX, MUTED)
+        y += line_height(TEXT_PX)
     return y + (24 if y > MARGIN else 0)
 
 
@@ -218,18 +216,18 @@ def _draw_column_heads(draw: ImageDraw.ImageDraw, layout: _Layout, columns: Sequ
         below = y
         if layout.has_groups:
             if index == 0 or column.group != columns[index - 1].group:
-                _text(draw, (x, y), column.group, TEXT_PX, FAINT)
-            below += _line(TEXT_PX)
-        _text(draw, (x, below), _shorten(column.label, HEADER_PX, layout.cell_w), HEADER_PX, INK)
+                draw_text(draw, (x, y), column.group, TEXT_PX, FAINT)
+            below += line_height(TEXT_PX)
+        draw_text(draw, (x, below), shorten(column.label, HEADER_PX, layout.cell_w), HEADER_PX, INK)
 
 
 def _draw_prompt(draw: ImageDraw.ImageDraw, layout: _Layout, row: int, prompt: str, y: int) -> None:
-    room = max(1, (layout.row - ROW_GAP) // _line(PROMPT_PX) - 1)
-    _text(draw, (MARGIN, y - 2), str(row + 1), SCORE_PX, FAINT)
-    y += _line(SCORE_PX)
+    room = max(1, (layout.row - ROW_GAP) // line_height(PROMPT_PX) - 1)
+    draw_text(draw, (MARGIN, y - 2), str(row + 1), SCORE_PX, FAINT)
+    y += line_height(SCORE_PX)
     for line in wrap(prompt or "(empty prompt)", PROMPT_PX, LABEL_WIDTH, max_lines=room):
-        _text(draw, (MARGIN, y), line, PROMPT_PX, INK if prompt else FAINT)
-        y += _line(PROMPT_PX)
+        draw_text(draw, (MARGIN, y), line, PROMPT_PX, INK if prompt else FAINT)
+        y += line_height(PROMPT_PX)
 
 
 def _draw_cell(canvas: Image.Image, draw: ImageDraw.ImageDraw, layout: _Layout, cell: Cell, x: int, y: int) -> None:
@@ -238,8 +236,8 @@ def _draw_cell(canvas: Image.Image, draw: ImageDraw.ImageDraw, layout: _Layout, 
     if image is None:
         draw.rectangle(box, fill=PLACEHOLDER, outline=LINE)
         text = "no image"
-        offset = (layout.cell_w - _width(text, SCORE_PX)) // 2
-        _text(draw, (x + offset, y + layout.cell_h // 2 - SCORE_PX // 2), text, SCORE_PX, FAINT)
+        offset = (layout.cell_w - text_width(text, SCORE_PX)) // 2
+        draw_text(draw, (x + offset, y + layout.cell_h // 2 - SCORE_PX // 2), text, SCORE_PX, FAINT)
     else:
         fitted = fit(image, layout.cell_w, layout.cell_h)
         if fitted.size != (layout.cell_w, layout.cell_h):
@@ -249,70 +247,8 @@ def _draw_cell(canvas: Image.Image, draw: ImageDraw.ImageDraw, layout: _Layout, 
         canvas.paste(fitted, (x + (layout.cell_w - fitted.width) // 2, y + (layout.cell_h - fitted.height) // 2))
     y += layout.cell_h + 8
     for score in cell.scores:
-        _draw_score(draw, layout, score, x, y)
-        y += _line(SCORE_PX)
-
-
-def _draw_score(draw: ImageDraw.ImageDraw, layout: _Layout, score: CellScore, x: int, y: int) -> None:
-    right = x + layout.cell_w
-    if score.gain is not None and math.isfinite(score.gain):
-        text = format_score(score.gain, sign=True)
-        unchanged = score.better is None or text[0] not in "+-"
-        _text(
-            draw,
-            (right - _width(text, SCORE_PX), y),
-            text,
-            SCORE_PX,
-            MUTED if unchanged else GAIN if score.better else LOSS,
-        )
-        # Gains of the usual length stand in one column, and so do the scores before them.
-        right -= max(_width(text, SCORE_PX), _width("+0.000", SCORE_PX)) + 10
-    text = format_score(score.value)
-    right -= _width(text, SCORE_PX)
-    _text(draw, (right, y), text, SCORE_PX, INK)
-    _text(draw, (x, y), _shorten(score.name, SCORE_PX, right - 8 - x), SCORE_PX, MUTED)
-
-
-def fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The image scaled into width × height, proportions kept: hard pixels when enlarged twice or more, else Lanczos."""
-    from PIL import Image
-
-    scale = min(width / image.width, height / image.height)
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    if size == image.size:
-        return image
-    return image.resize(size, Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS)
-
-
-def wrap(text: str, size: int, width: int, max_lines: int | None = None) -> list[str]:
-    """Lines no wider than `width` pixels. A word wider than a line is broken; text beyond `max_lines` ends in `…`."""
-    lines, current = [], ""
-    for word in text.split():
-        candidate = f"{current} {word}" if current else word
-        if _width(candidate, size) <= width:
-            current = candidate
-            continue
-        if current:
-            lines.append(current)
-        while _width(word, size) > width and len(word) > 1:
-            fits = next((n for n in range(len(word) - 1, 1, -1) if _width(word[:n], size) <= width), 1)
-            lines.append(word[:fits])
-            word = word[fits:]
-        current = word
-    lines.append(current)
-    if max_lines is not None and len(lines) > max_lines:
-        lines = [*lines[: max_lines - 1], _shorten(" ".join(lines[max_lines - 1 :]), size, width)]
-    return lines
-
-
-def _shorten(text: str, size: int, width: int) -> str:
-    if _width(text, size) <= width:
-        return text
-    # Never measure more of an endless prompt than could fit.
-    text = text[: max(1, width)]
-    while text and _width(text + "…", size) > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
+        draw_score(draw, score, x, y, layout.cell_w)
+        y += line_height(SCORE_PX)
 
 
 def _size(image: Any) -> tuple[int, int] | None:
@@ -331,46 +267,3 @@ def _open(image: Any) -> Image.Image | None:
         with Image.open(image) as opened:
             return opened.convert("RGB")
     return None if image is None else image.convert("RGB")
-
-
-def _line(size: int) -> int:
-    return round(size * LEADING)
-
-
-def _text(draw: ImageDraw.ImageDraw, xy: tuple[int, int], text: str, size: int, fill: str) -> None:
-    draw.text(xy, text, font=_font(text, size), fill=fill)
-
-
-def _width(text: str, size: int) -> int:
-    return math.ceil(_font(text, size).getlength(text))
-
-
-def _font(text: str, size: int) -> Any:
-    """The font inside Pillow; where it lacks a letter of `text` (it is Latin only), a system font that has it."""
-    if all(_has(None, letter) for letter in set(text)):
-        return _load(None, size)
-    for name in ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf"):
-        if _load(name, size) is not None and all(_has(name, letter) for letter in set(text)):
-            return _load(name, size)
-    return _load(None, size)
-
-
-@lru_cache(maxsize=64)
-def _load(name: str | None, size: int) -> Any:
-    from PIL import ImageFont
-
-    if name is None:
-        return ImageFont.load_default(size)
-    try:
-        return ImageFont.truetype(name, size)
-    except OSError:
-        return None
-
-
-@lru_cache(maxsize=4096)
-def _has(name: str | None, letter: str) -> bool:
-    if letter.isspace():
-        return True
-    font = _load(name, 20)
-    # An unassigned code point draws the font's "missing" box.
-    return bytes(font.getmask(letter)) != bytes(font.getmask("\U0010ffff"))

@@ -1,38 +1,29 @@
 """The evidence a comparison leaves behind: `report.json` for programs and `report.html` for people.
 
-The page is one file that asks nothing of the network: images are embedded (tiny ones as they are, large ones reduced
-under a byte budget), decoded when scrolled to, and every view of it has an address (`#sort=clip&filter=red`).
+What every comparison has is here: models, prompts, scores, paired statistics, what may be concluded from them. What
+was sampled is added by `image_report.py` and `answer_report.py`; `page.py` makes the page.
 
-Shape legend: L models (0 is the baseline), G guidance scales, P prompts, S seeds.
+Shape legend: L models (0 is the baseline), G guidance scales (1 where there is no guidance), P prompts, S seeds.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
 import json
 import math
-import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.resources import files as package_files
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmalign.evaluation.drawing import format_score
 from mmalign.evaluation.files import write_text
-from mmalign.evaluation.grid import format_score
 from mmalign.evaluation.statistics import Comparison, paired_comparison
 
-# Images of this size or less are embedded as they are: lossless, and smaller than any JPEG of useful quality.
-EMBED_AS_IS_PX = 128
-EMBED_SIDES_PX = (1024, 768, 512, 384, 256)
 EMBED_BUDGET_BYTES = 64 * 2**20
-JPEG_BYTES_PER_PIXEL = 0.25
 
 
 @dataclass(frozen=True)
@@ -41,8 +32,8 @@ class RewardInfo:
 
     Args:
         parent: the reward this is a sub-score of, None for a reward itself.
-        trained_on: training used this reward; its gain shows that training worked, not that images got better.
-        n_invalid: images without a valid score; `first_error` is the first reason given.
+        trained_on: training used this reward; its gain shows that training worked, not that samples got better.
+        n_invalid: samples without a valid score; `first_error` is the first reason given.
     """
 
     name: str
@@ -55,25 +46,27 @@ class RewardInfo:
 
 @dataclass(frozen=True)
 class Entry:
-    """`label` compared with the baseline `versus` under one reward at one guidance scale."""
+    """`label` compared with the baseline `versus` under one reward, at one guidance scale where there is guidance."""
 
     reward: RewardInfo
     label: str
     versus: str
-    guidance_scale: float
+    guidance_scale: float | None
     comparison: Comparison
 
 
-@dataclass(frozen=True)
-class Report:
-    """Everything an evaluation found.
+@dataclass(frozen=True, kw_only=True)
+class Report(ABC):
+    """What an evaluation found.
 
     Args:
         labels: L model names; the first is the baseline that all others are compared with.
+        models: what each label is, for the record.
+        prompts: P texts.
         scores: reward or sub-score name -> `[L, G, P, S]`, NaN = invalid.
-        images: `[L, G, P, S]` paths of the samples.
-        identical_noise: for each prompt and seed all models started from the same initial noise.
+        identical_noise: for each prompt and seed all models drew the same random numbers.
         details: run information to show, e.g. ("checkpoint", "step 2000").
+        guidance_scales: empty where there is no guidance.
     """
 
     title: str
@@ -81,14 +74,44 @@ class Report:
     models: tuple[str, ...]
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
-    guidance_scales: tuple[float, ...]
-    num_steps: int
     identical_noise: bool
     rewards: tuple[RewardInfo, ...]
     scores: Mapping[str, NDArray[np.float64]]
-    images: NDArray[Any] = field(repr=False)
     details: tuple[tuple[str, str], ...] = ()
     entries: tuple[Entry, ...] = ()
+    guidance_scales: tuple[float, ...] = ()
+
+    prompt_word: ClassVar[str]
+    sample_word: ClassVar[str]
+    seed_word: ClassVar[str]
+    lines_file: ClassVar[str]
+    """One line per sample with its scores."""
+
+    @property
+    @abstractmethod
+    def noise_line(self) -> str:
+        """What the models' samples share and what they do not."""
+
+    @property
+    @abstractmethod
+    def setting(self) -> str:
+        """How the headline's samples were made: `at guidance 5`."""
+
+    @property
+    @abstractmethod
+    def facts(self) -> tuple[tuple[str, str], ...]:
+        """What the page shows of the sampling, after the details of the run."""
+
+    @abstractmethod
+    def sampling_json(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def sample_lines(self, folder: Path) -> Iterator[dict[str, Any]]:
+        """The lines of `lines_file`; paths are relative to `folder`."""
+
+    @abstractmethod
+    def render(self, folder: Path, embed_budget: int) -> str:
+        """The page. Images beyond `embed_budget` bytes are linked, relative to `folder`."""
 
     def comparison(
         self, reward: str | None = None, *, label: str | None = None, guidance_scale: float | None = None
@@ -105,24 +128,18 @@ class Report:
             ):
                 return entry.comparison
         known = ", ".join(sorted({entry.reward.name for entry in self.entries})) or "none"
+        guidance = f"; guidance scales: {', '.join(map(str, self.guidance_scales))}" if self.guidance_scales else ""
         raise ValueError(
             f"no comparison for reward {reward!r}, model {label!r}, guidance scale {guidance_scale!r}. "
-            f"Rewards: {known}; models: {', '.join(self.labels[1:])}; "
-            f"guidance scales: {', '.join(map(str, self.guidance_scales))}"
+            f"Rewards: {known}; models: {', '.join(self.labels[1:])}{guidance}"
         )
-
-    @property
-    def noise_line(self) -> str:
-        if self.identical_noise:
-            return "Identical initial noise: for each prompt and seed all images start from the same noise."
-        return "Same seeds, but models of different kind or resolution: their initial noise is not identical."
 
     @property
     def headline(self) -> str:
         """The first reward's result in words, the interval's verdict included."""
         main = [entry for entry in self.headline_entries() if entry.reward.parent is None]
         if not main:
-            return "No reward was given: compare the images by eye."
+            return f"No reward was given: compare the {self.sample_word}s by eye."
         first = main[0]
         result = first.comparison
         if result.n_valid == 0:
@@ -130,9 +147,9 @@ class Report:
         verb = {"better": "beats", "worse": "loses to", "undecided": "shows no clear difference from"}[result.verdict]
         text = (
             f"{first.label} {verb} {first.versus} on {first.reward.name}: win rate {_percent(result)}, "
-            f"mean {format_score(result.mean_before)} → {format_score(result.mean_after)}, over {result.n_prompts} "
-            f"prompt{'s' * (result.n_prompts != 1)} × {result.n_seeds} seed{'s' * (result.n_seeds != 1)} at guidance "
-            f"{first.guidance_scale:g}."
+            f"mean {format_score(result.mean_before)} → {format_score(result.mean_after)}, "
+            f"over {_counted(result.n_prompts, self.prompt_word)} × {_counted(result.n_seeds, self.seed_word)} "
+            f"{self.setting}."
         )
         if first.reward.trained_on:
             held_out = [entry for entry in main if not entry.reward.trained_on and entry.comparison.n_valid]
@@ -154,26 +171,29 @@ class Report:
                 f"{', '.join(rose)} rose in training while {', '.join(fell)}, held out of training, fell: "
                 "look for reward hacking."
             )
-        total = int(np.prod(self.images.shape))
         for reward in self.rewards:
             if reward.n_invalid and reward.parent is None:
                 reason = f" First reason: {reward.first_error}" if reward.first_error else ""
-                found.append(f"{reward.name} has no valid score for {reward.n_invalid} of {total} images.{reason}")
+                total = self.scores[reward.name].size
+                found.append(
+                    f"{reward.name} has no valid score for {reward.n_invalid} of {total} {self.sample_word}s.{reason}"
+                )
         return tuple(found)
 
     def headline_entries(self) -> list[Entry]:
         """First tuned model, first guidance scale: one entry per reward and sub-score."""
-        return [e for e in self.entries if e.label == self.labels[1] and e.guidance_scale == self.guidance_scales[0]]
+        first = self.guidance_scales[0] if self.guidance_scales else None
+        return [e for e in self.entries if e.label == self.labels[1] and e.guidance_scale == first]
 
     def to_json(self) -> dict[str, Any]:
         return {
             "title": self.title,
             "headline": self.headline,
             "warnings": list(self.warnings),
+            "samples": f"{self.sample_word}s",
             "labels": list(self.labels),
             "models": list(self.models),
-            "guidance_scales": list(self.guidance_scales),
-            "num_steps": self.num_steps,
+            **self.sampling_json(),
             "num_prompts": len(self.prompts),
             "seeds": list(self.seeds),
             "identical_noise": self.identical_noise,
@@ -182,14 +202,19 @@ class Report:
             "comparisons": [{"reward": entry.reward.name, **entry_json(entry)} for entry in self.entries],
         }
 
+    def scores_at(self, index: tuple[int, ...]) -> dict[str, float | None]:
+        """Every reward's score of one sample, None = invalid."""
+        return {reward.name: plain(float(self.scores[reward.name][index])) for reward in self.rewards}
+
 
 def compare_scores(
     rewards: Sequence[RewardInfo],
     scores: Mapping[str, NDArray[np.float64]],
     labels: Sequence[str],
-    guidance_scales: Sequence[float],
+    guidance_scales: Sequence[float] = (),
 ) -> tuple[Entry, ...]:
-    """Every model against the first, for every reward and guidance scale."""
+    """Every model against the first, for every reward and guidance scale (one unnamed setting without guidance)."""
+    settings: Sequence[float | None] = guidance_scales or [None]
     return tuple(
         Entry(
             reward,
@@ -203,7 +228,7 @@ def compare_scores(
         for index, label in enumerate(labels)
         if index > 0
         for reward in rewards
-        for g, scale in enumerate(guidance_scales)
+        for g, scale in enumerate(settings)
     )
 
 
@@ -211,115 +236,29 @@ def entry_json(entry: Entry) -> dict[str, Any]:
     return {
         "label": entry.label,
         "versus": entry.versus,
-        "guidance_scale": entry.guidance_scale,
+        **({} if entry.guidance_scale is None else {"guidance_scale": entry.guidance_scale}),
         "trained_on": entry.reward.trained_on,
         "parent": entry.reward.parent,
         "higher_is_better": entry.reward.higher_is_better,
         "verdict": entry.comparison.verdict,
-        **_plain(asdict(entry.comparison)),
+        **plain(asdict(entry.comparison)),
     }
 
 
 def write_report(report: Report, folder: Path, *, embed_budget: int = EMBED_BUDGET_BYTES) -> None:
-    """`report.json`, `scores.jsonl` (a line for each image) and `report.html`, each complete or absent."""
+    """`report.json`, a line for each sample, and `report.html`, each complete or absent."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(line, ensure_ascii=False, allow_nan=False) for line in score_lines(report, folder))
-    write_text(folder / "scores.jsonl", "".join(line + "\n" for line in lines))
-    write_text(folder / "report.html", render_html(report, folder, embed_budget=embed_budget))
+    lines = (json.dumps(line, ensure_ascii=False, allow_nan=False) for line in report.sample_lines(folder))
+    write_text(folder / report.lines_file, "".join(line + "\n" for line in lines))
+    write_text(folder / "report.html", report.render(folder, embed_budget))
     # Last: whoever finds report.json finds the other two as well.
     write_text(
         folder / "report.json", json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     )
 
 
-def score_lines(report: Report, folder: Path) -> Iterator[dict[str, Any]]:
-    for index in np.ndindex(report.images.shape):
-        model, scale, prompt, seed = index
-        yield {
-            "prompt": report.prompts[prompt],
-            "seed": report.seeds[seed],
-            "label": report.labels[model],
-            "guidance_scale": report.guidance_scales[scale],
-            "path": _relative(report.images[index], folder),
-            "scores": {reward.name: _plain(float(report.scores[reward.name][index])) for reward in report.rewards},
-        }
-
-
-def render_html(report: Report, folder: Path, *, embed_budget: int = EMBED_BUDGET_BYTES) -> str:
-    """The page. Image addresses beyond `embed_budget` bytes are relative to `folder`."""
-    from jinja2 import Environment, StrictUndefined
-
-    # Autoescape for the markup, `tojson` (which escapes <, >, & and ') for the data: prompts are anyone's text.
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["score"] = format_score
-    environment.globals["isfinite"] = math.isfinite
-    template = environment.from_string(
-        package_files("mmalign.evaluation").joinpath("report.html").read_text(encoding="utf-8")
-    )
-    image_sets, num_linked, native_px = _embed(report, folder, embed_budget)
-    data = {
-        "labels": report.labels,
-        "seeds": report.seeds,
-        "guidance": report.guidance_scales,
-        "rewards": [
-            {"name": r.name, "trained": r.trained_on, "parent": r.parent, "sign": 1 if r.higher_is_better else -1}
-            for r in report.rewards
-        ],
-        "prompts": [
-            {"text": text, "scores": [_plain(report.scores[r.name][:, :, index].round(6)) for r in report.rewards]}
-            for index, text in enumerate(report.prompts)
-        ],
-        "nativePx": native_px,
-    }
-    nonce = hashlib.blake2b(json.dumps(data, sort_keys=True).encode(), digest_size=12).hexdigest()
-    return template.render(report=report, data=data, image_sets=image_sets, num_linked=num_linked, nonce=nonce)
-
-
-def _embed(report: Report, folder: Path, budget: int) -> tuple[list[list[str]], int, int]:
-    """For each prompt its image addresses in the order [L, G, S]; how many are links; the largest side in pixels."""
-    from PIL import Image
-
-    num_models, num_scales, num_prompts, num_seeds = report.images.shape
-    native_px = 1
-    for path in report.images[:, 0, 0, 0]:
-        with Image.open(path) as image:
-            native_px = max(native_px, *image.size)
-    total = report.images.size
-    affordable = (side for side in EMBED_SIDES_PX if side**2 * JPEG_BYTES_PER_PIXEL * total <= budget)
-    side = next(affordable, EMBED_SIDES_PX[-1])
-    image_sets, spent, num_linked = [], 0, 0
-    for prompt in range(num_prompts):
-        addresses = []
-        for model, scale, seed in np.ndindex(num_models, num_scales, num_seeds):
-            path = report.images[model, scale, prompt, seed]
-            address = data_uri(path, side) if spent < budget else ""
-            if not address or spent + len(address) > budget:
-                address = quote(_relative(path, folder))
-                num_linked += 1
-                spent = budget
-            else:
-                spent += len(address)
-            addresses.append(address)
-        image_sets.append(addresses)
-    return image_sets, num_linked, native_px
-
-
-def data_uri(path: Path, max_side: int) -> str:
-    """The image file as it is when tiny, else as a JPEG no larger than `max_side`."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        if max(image.size) <= EMBED_AS_IS_PX and image.format == "PNG":
-            return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-        picture = image.convert("RGB")
-    picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", quality=88, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _relative(path: Path, folder: Path) -> str:
-    return Path(os.path.relpath(path, folder)).as_posix()
+def _counted(number: int, word: str) -> str:
+    return f"{number} {word}{'s' * (number != 1)}"
 
 
 def _percent(result: Comparison) -> str:
@@ -327,14 +266,14 @@ def _percent(result: Comparison) -> str:
     return f"{100 * result.win_rate:.0f} % (95 % interval {100 * low:.0f}–{100 * high:.0f} %)"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """For JSON: arrays and tuples as lists, NaN and infinity as null."""
     if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

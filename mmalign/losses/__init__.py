@@ -7,6 +7,6 @@ write a function with these names and point a config at it: `losses: [{name: ./m
 Every score is −½ · mean squared error for diffusion and flow (fp32), summed nats for tokens.
 """
 
-from mmalign.losses.preference import dpo, mapo, mapo_paper, sft
+from mmalign.losses.preference import anchor, copo, dpo, mapo, mapo_paper, nll, sft
 
-__all__ = ["dpo", "mapo", "mapo_paper", "sft"]
+__all__ = ["anchor", "copo", "dpo", "mapo", "mapo_paper", "nll", "sft"]

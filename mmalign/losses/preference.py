@@ -19,8 +19,11 @@ LN2 = math.log(2)
 Loss = TypeVar("Loss", bound=Callable[..., Tensor])
 
 
-def declares(*, golden: float | None, accepts: tuple[str, ...] = ("exact", "surrogate")) -> Callable[[Loss], Loss]:
-    """What is known of a loss beforehand: its value at step 0 (policy = reference) and the score kinds it is defined for."""
+def declares(
+    *, golden: float | Callable[..., float] | None, accepts: tuple[str, ...] = ("exact", "surrogate")
+) -> Callable[[Loss], Loss]:
+    """What is known of a loss beforehand: its value at step 0 (policy = reference; a function of the settings where it
+    depends on them) and the score kinds it is defined for."""
 
     def mark(function: Loss) -> Loss:
         function.golden = golden  # type: ignore[attr-defined]
@@ -72,6 +75,40 @@ def dpo(
     return (1 - label_smoothing) * right_B + label_smoothing * wrong_B
 
 
+@declares(golden=LN2, accepts=("exact",))
+def copo(chosen_ratio_B: Tensor, negative_ratio_B: Tensor, *, beta: float) -> Tensor:
+    """mDPO's image contrast: `dpo` between the image and its negative under one and the same chosen response.
+
+    −log σ(β(ρ(m_w, y_w) − ρ(m_l, y_w))): the true image must explain the response better than the negative does.
+
+    Args:
+        chosen_ratio_B, negative_ratio_B: ρ of the chosen response with the image and with its negative, `[B]`, nats.
+        beta: as in `dpo`, 0.1 in the paper.
+
+    Returns `[B]`; ln 2 at ρ = 0. Raises `ValueError` on β ≤ 0.
+    Source: mDPO arXiv 2406.11839, eq. 5. The released code crops anew for policy and reference; here both see one crop,
+    as the equation has it.
+    """
+    return dpo(chosen_ratio_B, negative_ratio_B, beta=beta)
+
+
+@declares(golden=lambda *, delta, **_: math.log1p(math.exp(delta)))
+def anchor(chosen_ratio_B: Tensor, *, beta: float, delta: float = 0.0) -> Tensor:
+    """mDPO's anchor: −log σ(β ρ_w − δ) keeps the chosen response's likelihood from falling below the reference's.
+
+    Args:
+        chosen_ratio_B: ρ of the preferred sample, `[B]`.
+        beta: as in `dpo`.
+        delta: the reward that ρ_w has to exceed; 0 in the paper.
+
+    Returns `[B]`; softplus(δ) at ρ = 0, i.e. ln 2 for δ = 0. Raises `ValueError` on β ≤ 0.
+    Source: mDPO arXiv 2406.11839, eq. 6.
+    """
+    if not beta > 0:
+        raise ValueError(f"beta = {beta}: must be positive")
+    return -F.logsigmoid(beta * chosen_ratio_B.float() - delta)
+
+
 @declares(golden=None, accepts=("surrogate",))
 def mapo(
     chosen_score_B: Tensor,
@@ -120,9 +157,20 @@ def mapo_paper(chosen_score_B: Tensor, rejected_score_B: Tensor, *, beta: float 
     return (error_w_B - F.logsigmoid(margin_B) / beta).float()
 
 
-@declares(golden=None)
+@declares(golden=None, accepts=("exact",))
+def nll(chosen_score_B: Tensor, chosen_length_B: Tensor) -> Tensor:
+    """Supervised fine-tuning on the chosen response: its negative log-likelihood per token, in nats.
+
+    Args:
+        chosen_score_B: summed log-probabilities, `[B]`.
+        chosen_length_B: response tokens, `[B]`.
+    """
+    return -chosen_score_B.float() / chosen_length_B.float()
+
+
+@declares(golden=None, accepts=("surrogate",))
 def sft(chosen_score_B: Tensor) -> Tensor:
-    """Supervised fine-tuning on the winner: the error L_w = −2s for diffusion and flow.
+    """Supervised fine-tuning on the winner: the error L_w = −2s for diffusion and flow (`nll` is its twin for tokens).
 
     As a term beside `dpo` it is the anchor that keeps the winner's error from rising.
 

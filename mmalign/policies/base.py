@@ -5,7 +5,7 @@ A new model implements these verbs; a new method never touches one. Shape legend
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
 
     from mmalign.config import EmaConfig
+    from mmalign.diffusion.kernels import Steps
+    from mmalign.policies.rollouts import Replay, Trajectory
     from mmalign.types import ImageRef, Request, Sample, Score
 
 View = Literal["policy", "reference", "ema"]
@@ -29,7 +31,11 @@ class Policy(Protocol):
     default_num_steps: int
     resolution: int
     attention: str
-    denoiser: nn.Module
+    modality: Literal["image", "text"]
+    """What targets and samples are."""
+    unread: tuple[str, ...]
+    """Config keys that mean nothing to this family; setting one is an error."""
+    network: nn.Module
     """What a training forward goes through; the loop replaces it by its DDP wrapper."""
 
     def encode_key(self, kind: Literal["image", "prompt"]) -> str:
@@ -76,6 +82,22 @@ class Policy(Protocol):
         """Write the current view in the field's format: a LoRA file or a full pipeline folder."""
 
 
+class StepPolicy(Policy, Protocol):
+    """A policy whose sampling steps are Gaussians: what policy-gradient methods ask for on top."""
+
+    def rollout_steps(self, *, kernel: str, level: float, num_steps: int, stochastic_S: Tensor | None = None) -> Steps:
+        """The transitions of a rollout. Raises `ValueError` for a kernel that does not fit the model."""
+
+    def rollout(self, contexts: Sequence[Any], **plan: Any) -> Trajectory:
+        """Sample and record, see `mmalign.policies.rollouts.rollout` for the plan."""
+
+    def replayer(self, trajectory: Trajectory) -> Callable[[int], Replay]:
+        """Recorded steps under the current view and weights."""
+
+    def decode(self, latents: Tensor) -> list[Any]:
+        """Finished latents to PIL images."""
+
+
 class PreparedImage(Protocol):
     """An image after resize, crop and flip: `pixels` uint8 [H, W, 3] plus the sizes SDXL conditions on."""
 
@@ -84,4 +106,4 @@ class PreparedImage(Protocol):
     crop_top_left: tuple[int, int]
 
 
-__all__ = ["ImageRef", "Policy", "PreparedImage", "View"]
+__all__ = ["ImageRef", "Policy", "PreparedImage", "StepPolicy", "View"]

@@ -1,4 +1,4 @@
-"""The policy for ε- and v-prediction denoisers on a diffusers pipeline (SD1.x, SDXL and what looks like them).
+"""The policy for denoisers on a diffusers pipeline: ε- and v-prediction here, rectified flow in `flow.py` on top of it.
 
 Shape legend: R requests, K draws, N = R·K network samples, C latent channels, h/w latent height and width.
 """
@@ -7,33 +7,35 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mmalign import attention, randomness
 from mmalign.builtin import resolve_path
 from mmalign.config import DataConfig, EmaConfig, ModelConfig
-from mmalign.diffusion.schedule import Schedule, squared_error
+from mmalign.diffusion.kernels import Steps, ddim_steps
+from mmalign.diffusion.schedule import FlowSchedule, Schedule, squared_error
+from mmalign.policies import rollouts
 from mmalign.policies.base import PreparedImage, View
+from mmalign.policies.rollouts import Replay, Trajectory, draw_noise
 from mmalign.policies.views import ADAPTER, Views, lean_copy
-from mmalign.policies.weights import weights_hash
-from mmalign.types import Request, Sample, Score
+from mmalign.policies.weights import DTYPES, dtype_argument, load_or_explain, weights_hash
+from mmalign.types import DrawKey, Request, Sample, Score
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VAE_CHUNK = 8
 
 
 class DiffusionPolicy:
-    """A diffusers pipeline with one trained denoiser. Families set the class attributes and implement the two hooks.
+    """A diffusers pipeline with one trained network. Families set the class attributes and implement the two hooks.
 
     Args:
         config: the `model` section.
@@ -44,7 +46,25 @@ class DiffusionPolicy:
     """
 
     name = "diffusion"
+    modality = "image"
     pipeline_class = "DiffusionPipeline"
+    network_role = "unet"
+    """Which component of the pipeline is trained."""
+    text_roles = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    untouched: tuple[str, ...] = ("conv_in", "conv_out")
+    """Layers that `lora.targets: all` leaves alone."""
+    unread: tuple[str, ...] = (
+        "model.max_sequence_length",
+        "model.timestep_density",
+        "model.timestep_shift",
+        "data.max_length",
+        "data.truncation",
+        "data.image_negative",
+        "data.blind",
+        "evaluate.temperature",
+        "evaluate.max_new_tokens",
+    )
+    """Config keys that mean nothing here; setting one is an error."""
     default_guidance_scale = 7.5
     default_num_steps = 50
 
@@ -55,8 +75,20 @@ class DiffusionPolicy:
         raise NotImplementedError
 
     def conditioning(self, contexts: Sequence[dict[str, Tensor]], targets: Sequence[dict[str, Tensor]]) -> dict:
-        """Keyword arguments of the denoiser, on the device, for N records as cached (on the CPU)."""
+        """Keyword arguments of the network, on the device, for N records as cached (on the CPU)."""
         raise NotImplementedError
+
+    # -- what rectified flow overrides ---------------------------------------------------------------------------------
+
+    def make_schedule(self) -> Schedule | FlowSchedule:
+        return Schedule.from_scheduler(self.pipe.scheduler, self.device)
+
+    def call(self, network: nn.Module, x: Tensor, time_N: Tensor, conditioning: dict[str, Any]) -> Tensor:
+        return network(x, time_N, return_dict=False, **conditioning)[0]
+
+    def sampling_options(self) -> dict[str, Any]:
+        """More keyword arguments of the pipeline's call."""
+        return {}
 
     # -- loading -----------------------------------------------------------------------------------------------------
 
@@ -73,35 +105,38 @@ class DiffusionPolicy:
         self.attention = attention.select(config.attention, device, self.dtype)
         self.pipe = self._load_pipeline()
         self.pipe.set_progress_bar_config(disable=True)
-        self.schedule = Schedule.from_scheduler(self.pipe.scheduler, device)
+        module: Any = getattr(self.pipe, self.network_role)
+        self.module: Any = module
         self.scale_factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
-        trained_at = int(self.pipe.unet.config.sample_size) * self.scale_factor
+        trained_at = int(module.config.sample_size) * self.scale_factor
         self.resolution = (data.resolution if data is not None else None) or trained_at
         if self.resolution % self.scale_factor:
             raise ValueError(f"data.resolution = {self.resolution}: must be a multiple of {self.scale_factor}")
+        self.schedule = self.make_schedule()
         stacked = self._load_stacked_adapters()
         self.views = Views(
-            self.pipe.unet,
+            module,
             lora=config.lora,
             train=train,
             stacked=stacked,
             make_reference=self._make_reference,
             seed=seed,
-            untouched=("conv_in", "conv_out"),
+            untouched=self.untouched,
         )
-        for module in (self.pipe.vae, *self.text_encoders().values()):
-            module.requires_grad_(False).eval()
+        for frozen in (self.pipe.vae, *self.text_encoders().values()):
+            frozen.requires_grad_(False).eval()
         # The VAE runs in fp32 unless its config says that half precision is safe: SDXL's own overflows in fp16.
         vae_dtype = torch.float32 if self.pipe.vae.config.get("force_upcast", True) else self.dtype
         self.pipe.vae.to(device, vae_dtype)
-        for module in self.text_encoders().values():
-            module.to(device)
-        self.pipe.unet.to(device)
-        self.denoiser: nn.Module = self.pipe.unet
-        attention.apply(self.pipe.unet, self.attention)
+        for frozen in self.text_encoders().values():
+            frozen.to(device)
+        module.to(device)
+        self.network: nn.Module = module
+        attention.apply(module, self.attention)
         if config.gradient_checkpointing:
-            self.pipe.unet.enable_gradient_checkpointing()
+            module.enable_gradient_checkpointing()
         self._keys: dict[str, str] = {}
+        self._unconditional: dict[str, Tensor] | None = None
 
     def _load_pipeline(self) -> Any:
         import diffusers
@@ -125,7 +160,7 @@ class DiffusionPolicy:
         # The denoiser is stored in the compute dtype under LoRA; full fine-tuning keeps fp32 masters (see Views).
         dtype = self.dtype if self.config.lora is not None or not self.train else torch.float32
         loader = getattr(diffusers, self.pipeline_class)
-        options |= self.load_options(found)
+        options |= dict.fromkeys(self.config.without) | self.load_options(found)
         return load_or_explain(
             self.config.path,
             lambda: loader.from_pretrained(path, **dtype_argument(dtype), low_cpu_mem_usage=True, **options),
@@ -139,16 +174,14 @@ class DiffusionPolicy:
         names = []
         for index, path in enumerate(self.config.adapters):
             name = f"stacked_{index}"
-            load_or_explain(path, lambda p=path, n=name: self.pipe.load_lora_weights(p, adapter_name=n))
+            load_or_explain(path, partial(self.pipe.load_lora_weights, path, adapter_name=name))
             names.append(name)
         return names
 
     def _make_reference(self) -> nn.Module:
-        from diffusers import UNet2DConditionModel
-
-        network = UNet2DConditionModel.from_pretrained(
+        network = type(self.module).from_pretrained(
             resolve_path(self.config.path),
-            subfolder="unet",
+            subfolder=self.network_role,
             revision=self.config.revision,
             variant=self.config.variant,
             **dtype_argument(torch.float32),
@@ -157,11 +190,10 @@ class DiffusionPolicy:
         return lean_copy(network, self.dtype).to(self.device)
 
     def text_encoders(self) -> dict[str, nn.Module]:
-        names = ("text_encoder", "text_encoder_2")
-        return {name: module for name in names if (module := getattr(self.pipe, name, None)) is not None}
+        return {name: module for name in self.text_roles if (module := getattr(self.pipe, name, None)) is not None}
 
     def modules(self) -> dict[str, nn.Module]:
-        return {"unet": self.views.active(), "vae": self.pipe.vae, **self.text_encoders()}
+        return {self.network_role: self.views.active(), "vae": self.pipe.vae, **self.text_encoders()}
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         return self.views.trainable()
@@ -177,7 +209,7 @@ class DiffusionPolicy:
 
     def reference_fingerprint(self) -> str:
         """Hash of the weights as loaded; ask before the first step."""
-        return weights_hash({"unet": self.pipe.unet}, self.name)
+        return weights_hash({self.network_role: self.module}, self.name)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The one precision context of policy and reference."""
@@ -198,7 +230,7 @@ class DiffusionPolicy:
         return self._keys[kind]
 
     def tokenizer_fingerprint(self) -> str:
-        tokenizers = [getattr(self.pipe, name, None) for name in ("tokenizer", "tokenizer_2")]
+        tokenizers = [getattr(self.pipe, role.replace("text_encoder", "tokenizer"), None) for role in self.text_roles]
         text = "".join(
             str(sorted(t.get_vocab().items())) + str(t.model_max_length) for t in tokenizers if t is not None
         )
@@ -244,19 +276,24 @@ class DiffusionPolicy:
         targets = [r.target for r, _ in flat]
         contexts = [r.context for r, _ in flat]
         t_N = torch.tensor(
-            [self.schedule.timestep(randomness.stratified_uniform(k.seed, "t", k.row_id, k.draw)) for _, k in flat]
+            [self.schedule.time(randomness.stratified_uniform(k.seed, "t", k.row_id, k.draw)) for _, k in flat]
         ).to(self.device)
         shape = tuple(targets[0]["mean"].shape)
-        noise = self._noise(shape, "noise", [key for _, key in flat])
+        noise = self.noise(shape, "noise", [key for _, key in flat])
         mean, logvar = self.stack(targets, "mean").float(), self.stack(targets, "logvar").float()
-        latents = mean + torch.exp(0.5 * logvar) * self._noise(shape, "vae", [key for _, key in flat])
+        latents = mean + torch.exp(0.5 * logvar) * self.noise(shape, "vae", [key for _, key in flat])
         latents = self.normalise(latents)
         noised, target = self.schedule.noised(latents, noise, t_N), self.schedule.target(latents, noise, t_N)
-        network = self.denoiser if self.views.active() is self.pipe.unet else self.views.active()
-        with self.autocast():
-            prediction = network(noised, t_N, return_dict=False, **self.conditioning(contexts, targets))[0]
+        prediction = self.predict(noised, self.schedule.network_time(t_N), self.conditioning(contexts, targets))
         score_RK = (-0.5 * squared_error(prediction, target)).view(len(requests), num_draws)
         return Score(score_RK.mean(1), score_RK.detach(), "surrogate")
+
+    def predict(self, x: Tensor, time_N: Tensor, conditioning: dict[str, Any]) -> Tensor:
+        """The network's output in the current view, `[N, C, h, w]`."""
+        active = self.views.active()
+        network = self.network if active is self.module else active
+        with self.autocast():
+            return self.call(network, x, time_N, conditioning)
 
     def stack(self, records: Sequence[dict[str, Tensor]], name: str) -> Tensor:
         """One field of all records as a batch on the device, in one transfer."""
@@ -272,12 +309,50 @@ class DiffusionPolicy:
             return (latents - mean) * vae.scaling_factor / std
         return (latents - (vae.get("shift_factor") or 0.0)) * vae.scaling_factor
 
-    def _noise(self, shape: tuple[int, ...], purpose: str, keys: Sequence[Any]) -> Tensor:
-        drawn: dict[Any, Tensor] = {}
-        for key in keys:
-            if key not in drawn:
-                drawn[key] = randomness.normal(shape, key.seed, purpose, key.row_id, key.draw)
-        return torch.stack([drawn[key] for key in keys]).to(self.device)
+    def noise(self, shape: tuple[int, ...], purpose: str, keys: Sequence[DrawKey]) -> Tensor:
+        """Standard normal noise named by `keys`, `[N, …]` on the device."""
+        return draw_noise(shape, purpose, keys).to(self.device)
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        side = self.resolution // self.scale_factor
+        return (self.module.config.in_channels, side, side)
+
+    def rollout_steps(self, *, kernel: str, level: float, num_steps: int, stochastic_S: Tensor | None = None) -> Steps:
+        """The transitions of a rollout on the scheduler's own timesteps: `ddim` (level = η) or `ode`.
+
+        Raises `ValueError` for a kernel of another process, and as `kernels.ddim_steps` does.
+        """
+        from diffusers import DDIMScheduler
+
+        if kernel not in ("ddim", "ode"):
+            raise ValueError(
+                f"kernel {kernel!r} belongs to flow models; {self.config.family!r} is a diffusion model: ddim or ode"
+            )
+        scheduler = DDIMScheduler.from_config(self.pipe.scheduler.config)
+        scheduler.set_timesteps(num_steps)
+        assert isinstance(self.schedule, Schedule)
+        return ddim_steps(self.schedule, scheduler.timesteps, eta=level, stochastic_S=stochastic_S)
+
+    def rollout(self, contexts: Sequence[dict[str, Tensor]], **plan: Any) -> Trajectory:
+        """Sample and record, see `rollouts.rollout`."""
+        return rollouts.rollout(self, contexts, **plan)
+
+    def replayer(self, trajectory: Trajectory) -> Callable[[int], Replay]:
+        """Recorded steps under the current weights, see `rollouts.replayer`."""
+        return rollouts.replayer(self, trajectory)
+
+    def rollout_conditioning(self, contexts: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        size = torch.tensor([self.resolution, self.resolution, 0, 0], dtype=torch.float32)
+        return self.conditioning(contexts, [{"size": size}] * len(contexts))
+
+    def unconditional(self) -> dict[str, Tensor]:
+        """The record that guidance starts from: the empty prompt."""
+        if self._unconditional is None:
+            self._unconditional = self.encode_prompts([""])[0]
+        return self._unconditional
 
     # -- sampling ----------------------------------------------------------------------------------------------------
 
@@ -291,8 +366,7 @@ class DiffusionPolicy:
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per prompt")
-        side = self.resolution // self.scale_factor
-        shape = (self.pipe.unet.config.in_channels, side, side)
+        shape = self.latent_shape
         latents = torch.stack([randomness.normal(shape, s, "sample", p) for p, s in zip(prompts, seeds, strict=True)])
         generators = [randomness.generator(s, "sampler", p) for p, s in zip(prompts, seeds, strict=True)]
         with self._pipeline_of_view() as pipe, self.autocast():
@@ -306,6 +380,7 @@ class DiffusionPolicy:
                 num_inference_steps=num_steps,
                 output_type="latent",
                 return_dict=False,
+                **self.sampling_options(),
             )[0]
         pixels = self.decode(latents)
         return [
@@ -332,12 +407,11 @@ class DiffusionPolicy:
 
     @contextmanager
     def _pipeline_of_view(self) -> Iterator[Any]:
-        trained = self.pipe.unet
-        self.pipe.unet = self.views.active()
+        setattr(self.pipe, self.network_role, self.views.active())
         try:
             yield self.pipe
         finally:
-            self.pipe.unet = trained
+            setattr(self.pipe, self.network_role, self.module)
 
     # -- export ------------------------------------------------------------------------------------------------------
 
@@ -354,28 +428,10 @@ class DiffusionPolicy:
             return
         from peft.utils import get_peft_model_state_dict
 
-        state = get_peft_model_state_dict(self.pipe.unet, adapter_name=ADAPTER)
+        state = get_peft_model_state_dict(self.module, adapter_name=ADAPTER)
+        layers = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+        metadata = self.module.peft_config[ADAPTER].to_dict()
+        role = self.network_role
         type(self.pipe).save_lora_weights(
-            folder,
-            unet_lora_layers={name: tensor.cpu().contiguous() for name, tensor in state.items()},
-            unet_lora_adapter_metadata=self.pipe.unet.peft_config[ADAPTER].to_dict(),
+            folder, **{f"{role}_lora_layers": layers, f"{role}_lora_adapter_metadata": metadata}
         )
-
-
-def dtype_argument(dtype: torch.dtype) -> dict[str, Any]:
-    """The dtype keyword of `from_pretrained`: renamed in diffusers 0.42."""
-    import diffusers
-
-    major, minor = (int(part) for part in diffusers.__version__.split(".")[:2])
-    return {"dtype" if (major, minor) >= (0, 42) else "torch_dtype": dtype}
-
-
-def load_or_explain(path: str, load: Any) -> Any:
-    """Run a hub or disk loader; turn its many failures into one line that names the path and the fix."""
-    try:
-        return load()
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        text = " ".join(str(error).split())
-        raise ValueError(
-            f"cannot load {path!r}: {text[:400]}. Give a local folder, a hub id, or builtin:NAME"
-        ) from error

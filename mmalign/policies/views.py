@@ -18,7 +18,9 @@ from mmalign.config import EmaConfig, LoraConfig
 from mmalign.policies.base import View
 
 ADAPTER = "mmalign"
+# The second line: the text stream of joint attention (SD3, FLUX).
 ATTENTION_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
+ATTENTION_TARGETS += ["add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"]
 
 
 class Views:
@@ -32,6 +34,8 @@ class Views:
         make_reference: builds the frozen base again (full fine-tuning only).
         seed: seeds the adapter's initialisation.
         untouched: modules that `targets: all` leaves alone.
+        attention_targets: layer-name suffixes that `targets: attention` stands for.
+        frozen: modules that nothing trains, neither adapters nor full fine-tuning.
     """
 
     def __init__(
@@ -44,6 +48,8 @@ class Views:
         make_reference: Callable[[], nn.Module],
         seed: int,
         untouched: Sequence[str] = (),
+        attention_targets: Sequence[str] = ATTENTION_TARGETS,
+        frozen: Sequence[str] = (),
     ) -> None:
         self.network: nn.Module = network
         self._stacked = list(stacked)
@@ -58,7 +64,8 @@ class Views:
             if self._stacked:
                 self._activate(self._stacked)
         elif lora is not None:
-            add_lora(network, lora, seed=seed, untouched=untouched)
+            targets = lora_targets(network, lora, untouched, attention_targets, frozen)
+            add_lora(network, lora, targets, seed=seed)
             self._activate([*self._stacked, ADAPTER])
         else:
             if stacked:
@@ -67,6 +74,8 @@ class Views:
                     "top. Fuse the adapter into the base first (pipeline.fuse_lora) or train a LoRA"
                 )
             network.float().requires_grad_(True)
+            for name in frozen:
+                network.get_submodule(name).requires_grad_(False)
         self._trainable = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
         # eval() for good: no dropout, so that policy and reference differ by their weights alone.
         network.eval()
@@ -158,18 +167,12 @@ class Views:
             parameter.requires_grad_(f".{ADAPTER}." in name)
 
 
-def add_lora(network: Any, lora: LoraConfig, *, seed: int, untouched: Sequence[str]) -> None:
+def add_lora(network: Any, lora: LoraConfig, targets: Sequence[str], *, seed: int) -> None:
     """Attach the trainable adapter, fp32 whatever the base's dtype (bf16 adapters lose small updates to rounding)."""
     from peft import LoraConfig as PeftLoraConfig
 
-    if lora.targets == "attention":
-        targets: list[str] = ATTENTION_TARGETS
-    elif lora.targets == "all":
-        targets = all_targets(network, untouched)
-    else:
-        targets = list(lora.targets)
     config = PeftLoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha or lora.rank, init_lora_weights="gaussian", target_modules=targets
+        r=lora.rank, lora_alpha=lora.alpha or lora.rank, init_lora_weights="gaussian", target_modules=list(targets)
     )
     with randomness.global_seed(seed, "lora", ADAPTER):
         try:
@@ -181,12 +184,38 @@ def add_lora(network: Any, lora: LoraConfig, *, seed: int, untouched: Sequence[s
             parameter.data = parameter.data.float()
 
 
+def lora_targets(
+    network: nn.Module,
+    lora: LoraConfig,
+    untouched: Sequence[str],
+    attention_targets: Sequence[str],
+    frozen: Sequence[str],
+) -> list[str]:
+    """What PEFT is to adapt: layer-name suffixes, or whole names where a suffix would also fit a frozen module."""
+    if lora.targets == "all":
+        return all_targets(network, [*untouched, *frozen])
+    suffixes = list(attention_targets if lora.targets == "attention" else lora.targets)
+    if not frozen:
+        return suffixes
+    names = [
+        name for name in all_targets(network, frozen) if any(f".{name}".endswith(f".{suffix}") for suffix in suffixes)
+    ]
+    if not names:
+        raise ValueError(
+            f"model.lora.targets = {lora.targets!r} fits no trainable layer of the network "
+            f"({', '.join(frozen)} stays frozen)"
+        )
+    return names
+
+
 def all_targets(network: nn.Module, untouched: Sequence[str]) -> list[str]:
-    """Names of all linear and conv layers of the base, except `untouched`. Layers of stacked adapters are not targets."""
+    """Names of all linear and conv layers of the base, except those of `untouched` modules and of stacked adapters."""
     names = []
     for name, module in network.named_modules():
         name = name.removesuffix(".base_layer")
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and ".lora_" not in name and name not in untouched:
+        if not isinstance(module, (nn.Linear, nn.Conv2d)) or ".lora_" in name:
+            continue
+        if not any(f"{name}.".startswith(f"{prefix}.") for prefix in untouched):
             names.append(name)
     return names
 

@@ -18,7 +18,7 @@ from mmalign.config import Config, load_config
 from mmalign.data.audit import check_data as audit_data
 from mmalign.data.batches import Batches
 from mmalign.data.cache import FeatureCache, build_cache, cache_folder
-from mmalign.data.features import Features
+from mmalign.data.features import make_features
 from mmalign.data.load import load_rows
 from mmalign.policies.load import default_device, load_policy
 from mmalign.run.atomic import write_text
@@ -80,7 +80,9 @@ def examine_config(config: Config, console: Console) -> tuple[dict[str, Any], li
     row_set = load_rows(config.data, seed=config.train.seed)
     method = registry.resolve("method", config.method.name)(**config.method.options())
     method.check_rows(row_set.rows)
-    features = Features(policy, config.data, None, seed=config.train.seed)
+    features = make_features(
+        policy, config.data, None, seed=config.train.seed, rows=row_set.rows, negatives=method.needs_negative
+    )
     batches = Batches(
         row_set.rows,
         features,
@@ -89,6 +91,7 @@ def examine_config(config: Config, console: Console) -> tuple[dict[str, Any], li
         batch_size=min(config.train.batch_size, len(row_set.rows)),
         accumulate=1,
         num_draws=config.train.num_draws,
+        negatives=method.needs_negative,
     )
     batch = batches.make(batches.visits(0, 0))
     golden: list[str] = []

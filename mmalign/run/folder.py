@@ -19,7 +19,8 @@ from mmalign.config import Config, ConfigError, LoadedConfig, dump, flatten, to_
 from mmalign.run import atomic
 
 # Keys that do not change the trajectory of the weights and may differ when a run is continued.
-FREE_KEYS = ("evaluate", "checkpoint", "run", "output_dir", "data.num_workers", "data.cache_dir")
+# `train.accumulate` is checked by what it stands for: the rows of a step must stay the same (`Session.restore`).
+FREE_KEYS = ("evaluate", "checkpoint", "run", "output_dir", "data.num_workers", "data.cache_dir", "train.accumulate")
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmalign.policies.rollouts import Trajectory
 from mmalign.run.reference import chunked
-from mmalign.types import Batch, Score
+from mmalign.types import Batch
 
 # Rounding of one score relative to its size: same kernel and batch shape, or another shape (a cached reference).
 SCORE_ROUNDING = {"fp32": 3e-6, "bf16": 2e-2, "fp16": 3e-3}
 SAME_SHAPE_TOLERANCE = 1e-6
+# Of a mean log-prob: rollout and replay are the same computation at the same shape.
+REPLAY_TOLERANCE = {"fp32": 1e-6, "bf16": 1e-5, "fp16": 1e-5}
 
 
 class PreflightError(RuntimeError):
@@ -73,7 +76,7 @@ def probe(
             f"this policy gives {score.kind!r} scores, the configured losses are defined for {sorted(method.accepts)}"
         )
     value_R = score.value_R.requires_grad_(True)
-    part = method.loss(batch, Score(value_R, score.per_draw_RK, score.kind), reference_R)
+    part = method.loss(batch, score, reference_R)
     loss = part.loss_B.mean()
     (gradient_R,) = torch.autograd.grad(loss, value_R)
     golden = method.golden_loss
@@ -88,6 +91,24 @@ def probe(
     size = chunk or len(requests)
     for start in range(0, len(requests), size):
         (policy.score(requests[start : start + size]).value_R * gradient_R[start : start + size]).sum().backward()
+    num_tensors, num_zero = gradient_reach(policy)
+    return Preflight(
+        loss=seen,
+        golden=golden,
+        tolerance=tolerance,
+        implicit_accuracy=None if accuracy is None else float(accuracy.mean()),
+        score_gradient=float(gradient_R.abs().mean()) * len(batch),
+        num_tensors=num_tensors,
+        num_zero_gradients=num_zero,
+        metrics=("loss", *part.metrics, "grad_norm"),
+    )
+
+
+def gradient_reach(policy: Any) -> tuple[int, int]:
+    """(trained tensors, those with zero gradient) after a backward pass; the gradients are cleared.
+
+    Raises `PreflightError` if a tensor got none, if all are zero, or if one is not finite.
+    """
     names = [name for name, _ in policy.trainable()]
     gradients = [parameter.grad for _, parameter in policy.trainable()]
     absent = [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
@@ -101,16 +122,36 @@ def probe(
     num_zero = int((norms == 0).sum())
     if num_zero == len(norms):
         raise PreflightError("all gradients of the first batch are exactly zero: nothing would be trained")
-    return Preflight(
-        loss=seen,
-        golden=golden,
-        tolerance=tolerance,
-        implicit_accuracy=None if accuracy is None else float(accuracy.mean()),
-        score_gradient=float(gradient_R.abs().mean()) * len(batch),
-        num_tensors=len(names),
-        num_zero_gradients=num_zero,
-        metrics=("loss", *part.metrics, "grad_norm"),
-    )
+    return len(names), num_zero
+
+
+def probe_rollout(policy: Any, trajectory: Trajectory, *, dtype: str) -> list[str]:
+    """Replay a rollout under unchanged weights: the log-probs must be the recorded ones, and gradients must flow.
+
+    Returns lines for the user. Raises `PreflightError` naming the step where replay and rollout differ.
+    """
+    replay = policy.replayer(trajectory)
+    worst, where = 0.0, 0
+    for column in range(trajectory.log_prob_BS.shape[1]):
+        with torch.no_grad():
+            difference = (replay(column).log_prob_B - trajectory.log_prob_BS[:, column]).abs().max()
+        if not float(difference) <= worst:  # NaN included
+            worst, where = float(difference), column
+    tolerance = REPLAY_TOLERANCE[dtype]
+    if not worst <= tolerance:
+        steps = trajectory.index_BS[:, where].tolist()
+        raise PreflightError(
+            f"replaying the rollout gives other log-probs than were recorded: {worst:.2e} per element at steps {steps}, "
+            f"allowed {tolerance:.0e}. The ratio would start away from 1: dropout, another batch shape, or "
+            f"non-deterministic kernels"
+        )
+    replay(0).log_prob_B.mean().backward()
+    num_tensors, num_zero = gradient_reach(policy)
+    return [
+        f"replay of the rollout: log-probs differ by at most {worst:.1e} per element (allowed {tolerance:.0e}), ratio 1",
+        f"gradients reach {num_tensors - num_zero} of {num_tensors} trained tensors"
+        + (" (LoRA A factors start at zero gradient because B = 0)" if num_zero else ""),
+    ]
 
 
 def golden_tolerance(golden: float | None, gradient_R: Tensor, value_R: Tensor, *, dtype: str, cached: bool) -> float:

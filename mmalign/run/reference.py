@@ -97,8 +97,13 @@ def chunked(policy: Any, requests: Sequence[Request], chunk: int | None) -> Scor
     scores = [policy.score(requests[start : start + size]) for start in range(0, len(requests), size)]
     if len(scores) == 1:
         return scores[0]
-    value_R = torch.cat([score.value_R for score in scores])
-    return Score(value_R, torch.cat([score.per_draw_RK for score in scores]), scores[0].kind)
+    lengths = [score.num_tokens_R for score in scores if score.num_tokens_R is not None]
+    return Score(
+        value_R=torch.cat([score.value_R for score in scores]),
+        per_draw_RK=torch.cat([score.per_draw_RK for score in scores]),
+        kind=scores[0].kind,
+        num_tokens_R=torch.cat(lengths) if lengths else None,
+    )
 
 
 def cache_fingerprint(**parts: Any) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
@@ -24,8 +24,9 @@ from mmalign import randomness, registry
 from mmalign.config import Config, ConfigError, LoadedConfig, dump
 from mmalign.data.batches import Batches
 from mmalign.data.cache import FeatureCache, build_cache, cache_folder
-from mmalign.data.features import Features
-from mmalign.data.load import content_fingerprint, drop_bad, load_rows, verify_images
+from mmalign.data.features import Features, make_features
+from mmalign.data.groups import Groups
+from mmalign.data.load import check_rows, content_fingerprint, drop_bad, load_rows, verify_images
 from mmalign.evaluation.compare import evaluate, read_prompts
 from mmalign.policies.load import load_policy
 from mmalign.registry import nearest
@@ -40,14 +41,26 @@ from mmalign.run.preview import draw_preview
 from mmalign.run.reference import ReferenceCache, cache_fingerprint, score_reference
 from mmalign.run.signals import Interruption
 from mmalign.run.tracking import Bar, Meter, Tracker, check_finite
+from mmalign.types import Row
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 logger = logging.getLogger("mmalign")
 MAX_SKIPPED = 50
+SHOWN = ("loss", "implicit_accuracy", "image_accuracy", "reward", "diversity")
+SHOWN_SMALL = ("chosen_error_delta", "chosen_logp_delta")
+LOOP_PHASES = ("train", "rollout", "reward", "update")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Session:
     """One run from opening its folder to closing it. Use as a context manager."""
+
+    unit = "pairs"
+    """What throughput counts."""
+    stride = 1
+    """Optimizer steps between two moments at which the run can be left."""
 
     def __init__(self, loaded: LoadedConfig) -> None:
         self.config: Config = loaded.config
@@ -65,10 +78,11 @@ class Session:
         self.tracker: Tracker | None = None
         self._bar: Bar | None = None
         self._data_fingerprint = ""
+        self._reference_fingerprint = ""
         self._reference_idle = False
         self._skipped_in_a_row = 0
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Self:
         quiet_libraries()
         self.accelerator.wait_for_everyone()
         if self.already_finished is not None:
@@ -108,6 +122,7 @@ class Session:
                 read_prompts(config.evaluate.prompts, config.evaluate.limit)
                 load_rewards([*config.evaluate.rewards, *config.evaluate.held_out], "cpu")
             policy = load_policy(config.model, data=config.data, device=self.accelerator.device, seed=config.train.seed)
+        self._reference_fingerprint = policy.reference_fingerprint()
         trained = sum(parameter.numel() for _, parameter in policy.trainable())
         total = sum(p.numel() for module in policy.modules().values() for p in module.parameters())
         self.say(
@@ -118,51 +133,69 @@ class Session:
         return policy
 
     def load_method(self) -> Any:
-        method = self.config.method
-        return registry.resolve("method", method.name)(**method.options())
+        config = self.config.method
+        return registry.resolve("method", config.name)(**config.options())
 
     def load_data(self, policy: Any, method: Any) -> Batches:
         """Read and check the rows, encode what is not cached yet."""
-        config, seed = self.config, self.config.train.seed
-        bad_rows = self.folder.path / "bad_rows.jsonl" if self.is_main else None
-        cache = FeatureCache(cache_folder(config.data)) if config.data.cache else None
-        with self.phase("data"):
-            row_set = load_rows(config.data, seed=seed, bad_rows_path=bad_rows)
-            method.check_rows(row_set.rows)
-            if cache is None and config.data.on_bad_row == "skip":
-                row_set = verify_images(row_set, config.data, bad_rows_path=bad_rows)
-        if cache is not None:
-            with self.phase("cache"):
-                # Each process encodes a slice; together they fill the shared cache.
-                share = row_set.rows[self.accelerator.process_index :: self.accelerator.num_processes]
-                report = build_cache(policy, share, config.data, cache, seed=seed, progress=self._progress("encode"))
-                self._close_bar()
-                bad = gather_object(report.bad) if self.accelerator.num_processes > 1 else report.bad
-                row_set = drop_bad(row_set, bad, bad_rows_path=bad_rows)
-            self.say(f"cache: {report}")
-        rows = row_set.rows
-        self._data_fingerprint = row_set.fingerprint
-        if cache is not None:
-            # With a cache every image has been read: its content counts, not only its name.
-            self._data_fingerprint = content_fingerprint(row_set.fingerprint, rows, cache.digests)
-        counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in row_set.counts.items() if value)
-        self.say(f"data: {config.data.path}: {counts}")
-        features = Features(policy, config.data, cache, seed=seed)
+        config = self.config
+        rows, features = self.rows(policy, method)
         return Batches(
             rows,
             features,
             config.data,
-            seed=seed,
+            seed=config.train.seed,
             batch_size=config.train.batch_size,
             accumulate=config.train.accumulate,
             num_draws=config.train.num_draws,
+            negatives=method.needs_negative,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
         )
 
+    def rows(self, policy: Any, method: Any) -> tuple[list[Row], Features]:
+        """The usable rows of the run and what encodes them, the cache filled."""
+        config, seed = self.config, self.config.train.seed
+        bad_rows = self.folder.path / "bad_rows.jsonl" if self.is_main else None
+        cache = FeatureCache(cache_folder(config.data)) if config.data.cache else None
+        negatives = method.needs_negative
+        with self.phase("data"):
+            row_set = load_rows(config.data, seed=seed, bad_rows_path=bad_rows)
+            method.check_rows(row_set.rows)
+            if cache is None:
+                features = make_features(policy, config.data, None, seed=seed, rows=row_set.rows, negatives=negatives)
+                row_set = check_rows(row_set, features, config.data, bad_rows_path=bad_rows)
+                if config.data.on_bad_row == "skip":
+                    row_set = verify_images(row_set, config.data, bad_rows_path=bad_rows)
+        if cache is not None:
+            with self.phase("cache"):
+                # Each process encodes a slice; together they fill the shared cache.
+                report = build_cache(
+                    policy,
+                    row_set.rows,
+                    config.data,
+                    cache,
+                    seed=seed,
+                    share=(self.accelerator.process_index, self.accelerator.num_processes),
+                    negatives=negatives,
+                    progress=self._progress("encode"),
+                )
+                self._close_bar()
+                bad = gather_object(report.bad) if self.accelerator.num_processes > 1 else report.bad
+                row_set = drop_bad(row_set, bad, bad_rows_path=bad_rows)
+            self.say(f"cache: {report}")
+        self._data_fingerprint = row_set.fingerprint
+        if cache is not None:
+            # With a cache every image has been read: its content counts, not only its name.
+            self._data_fingerprint = content_fingerprint(row_set.fingerprint, row_set.rows, cache.digests)
+        counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in row_set.counts.items() if value)
+        self.say(f"data: {config.data.path}: {counts}")
+        return row_set.rows, make_features(
+            policy, config.data, cache, seed=seed, rows=row_set.rows, negatives=negatives
+        )
+
     def cache_reference(self, policy: Any, method: Any, batches: Batches) -> ReferenceCache | None:
         """Build the table of reference scores if `data.cache_reference` asks for it."""
-        self._reference_fingerprint = policy.reference_fingerprint()
         config, draws = self.config, self.config.data.cache_reference
         self._reference_idle = bool(draws) or not method.needs_reference
         if draws and not method.needs_reference:
@@ -177,7 +210,10 @@ class Session:
             data=self._data_fingerprint,
             seed=config.train.seed,
             draws=(draws, config.train.num_draws),
-            augmentation=config.data.model_dump(include={"crop", "num_crops", "flip", "size_ids", "prompt_dropout"}),
+            # Whatever of the data section changes what a draw shows.
+            augmentation=config.data.model_dump(
+                exclude={"path", "on_bad_row", "cache", "cache_dir", "cache_reference", "num_workers"}
+            ),
             resolution=policy.resolution,
             dtype=config.model.dtype,
             requests=method.requests_per_row,
@@ -208,7 +244,7 @@ class Session:
         policy.release_reference()
         return table
 
-    def restore(self, policy: Any, batches: Batches) -> LoopState:
+    def restore(self, policy: Any, batches: Batches | Groups) -> LoopState:
         """Optimizer, schedule and EMA; then the newest complete checkpoint, if there is one."""
         config = self.config
         randomness.seed_process(config.train.seed, self.accelerator.process_index)
@@ -226,15 +262,15 @@ class Session:
             if state.rows_seen != state.step * batches.rows_per_step:
                 raise checkpoint.CheckpointError(
                     f"{newest} was written with {state.rows_seen // state.step} rows per step, this start would use "
-                    f"{batches.rows_per_step}: another number of processes. Start as many as before, or change "
-                    f"train.accumulate or train.batch_size in a new output_dir"
+                    f"{batches.rows_per_step}: another number of processes. Set train.accumulate so that batch_size x "
+                    f"accumulate x processes is {state.rows_seen // state.step} again"
                 )
             self.phases.add(state.seconds)
             rule = config.train.stop
             self.stopped_by_rule = bool(rule and state.stop_average is not None and state.stop_average > rule.above)
             self.say(f"resumed from {newest} (step {state.step} of {config.train.steps})")
         if self.accelerator.num_processes > 1:
-            policy.denoiser = self.accelerator.prepare(policy.denoiser)
+            policy.network = self.accelerator.prepare(policy.network)
         self.folder.begin()
         if self.is_main:
             self.tracker = Tracker(self.folder.path, config.run.tracker, dump(config), resumed_at=state.step)
@@ -295,10 +331,13 @@ class Session:
             yield self._meter
         self._close_bar()
 
-    def after_step(self, policy: Any, state: LoopState, meter: Meter, norm: Tensor, *, skipped: bool) -> None:
+    def after_step(
+        self, policy: Any, state: LoopState, meter: Meter, norm: Tensor, *, skipped: bool, between: bool = True
+    ) -> None:
         """Log, preview, checkpoint: whatever this step number calls for.
 
         `skipped`: the fp16 scaler dropped this step after an overflow; a few at the start are how it finds its scale.
+        `between`: the run can be left here; False inside an online iteration, whose rest would be lost.
         """
         config = self.config
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
@@ -317,12 +356,16 @@ class Session:
             self._log(state, meter)
         assert self._bar is not None
         self._bar.update(state.step)
-        every = config.evaluate.every
-        if every and state.step % every == 0 and not last and config.evaluate.prompts:
+        if not between:
+            return
+        if self._due(config.evaluate.every, state.step) and not last and config.evaluate.prompts:
             self.preview(policy, state)
-        due = config.checkpoint.every and state.step % config.checkpoint.every == 0
-        if due or last or self.should_stop:
+        if self._due(config.checkpoint.every, state.step) or last or self.should_stop:
             self.checkpoint(policy, state, meter)
+
+    def _due(self, every: int | None, step: int) -> bool:
+        """Whether a multiple of `every` was passed since the run could last be left."""
+        return every is not None and step // every > (step - self.stride) // every
 
     def _anyone(self, asked: bool) -> bool:
         """Whether any process was asked to stop: all must leave after the same step, or the others wait forever."""
@@ -338,13 +381,12 @@ class Session:
         self._check_stop_rule(state, means)
         elapsed = time.monotonic() - self._train_started
         means["learning_rate"] = self.scheduler.get_last_lr()[0]
-        means["pairs_per_second"] = (state.rows_seen - self._rows_at_start) / max(elapsed, 1e-9)
+        means[f"{self.unit}_per_second"] = (state.rows_seen - self._rows_at_start) / max(elapsed, 1e-9)
         if self.tracker is not None:
             self.tracker.log(state.step, means)
-        shown = [f"{name} {means[name]:.4f}" for name in ("loss", "implicit_accuracy") if name in means]
-        if "chosen_error_delta" in means:
-            shown.append(f"chosen_error_delta {means['chosen_error_delta']:+.1e}")
-        shown.append(f"{means['pairs_per_second']:.1f} pairs/s")
+        shown = [f"{name} {means[name]:.4f}" for name in SHOWN if name in means]
+        shown += [f"{name} {means[name]:+.1e}" for name in SHOWN_SMALL if name in means]
+        shown.append(f"{means[f'{self.unit}_per_second']:.1f} {self.unit}/s")
         assert self._bar is not None
         self._bar.update(state.step, "  ".join(shown))
 
@@ -443,12 +485,13 @@ class Session:
 
     def _summarise(self, state: LoopState, status: str) -> RunResult:
         seconds = self.phases.seconds()
+        looping = sum(seconds.get(name, 0.0) for name in LOOP_PHASES)
         summary: dict[str, Any] = {
             "status": status,
             "steps": state.step,
             "rows_seen": state.rows_seen,
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
-            "pairs_per_second": round(state.rows_seen / seconds["train"], 3) if seconds.get("train") else None,
+            f"{self.unit}_per_second": round(state.rows_seen / looping, 3) if looping else None,
             "peak_memory_bytes": peak_memory(self.accelerator.device),
             "device": str(self.accelerator.device),
         }

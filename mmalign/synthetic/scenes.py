@@ -151,8 +151,8 @@ def caption(scene: Scene | SceneSpec) -> str:
     if len(spec.objects) == 2 and spec.relation is not None:
         first, second = spec.objects
         return (
-            f"{_article(first.colour)} {first.colour} {first.shape} {spec.relation} "
-            f"{_article(second.colour)} {second.colour} {second.shape} {tail}"
+            f"{article(first.colour)} {first.colour} {first.shape} {spec.relation} "
+            f"{article(second.colour)} {second.colour} {second.shape} {tail}"
         )
     kinds = {(o.colour, o.shape) for o in spec.objects}
     for word, number in COUNT_WORDS.items():
@@ -232,7 +232,7 @@ def sample_scene(text: str, rng: np.random.Generator) -> Scene:
         placed: tuple[SceneObject, ...] = (SceneObject(only.colour, only.shape, x, y, radius, only.size),)
     else:
         cells = _draw_cells(spec, rng)
-        placed = tuple(_place_in_cell(o, c, rng) for o, c in zip(spec.objects, cells, strict=True))
+        placed = tuple(place_in_cell(o, c, rng) for o, c in zip(spec.objects, cells, strict=True))
     return Scene(spec.background, placed, spec.relation)
 
 
@@ -253,7 +253,8 @@ def relation_holds(relation: str, dx: float, dy: float) -> bool:
     return sign * along > abs(across)
 
 
-def _article(word: str) -> str:
+def article(word: str) -> str:
+    """ "an" before a vowel, else "a"."""
     return "an" if word[0] in "aeiou" else "a"
 
 
@@ -339,7 +340,8 @@ def _draw_cells(spec: SceneSpec, rng: np.random.Generator) -> list[int]:
     return list(allowed[int(rng.integers(len(allowed)))])
 
 
-def _place_in_cell(spec: ObjectSpec, cell: int, rng: np.random.Generator) -> SceneObject:
+def place_in_cell(spec: ObjectSpec, cell: int, rng: np.random.Generator) -> SceneObject:
+    """The object somewhere inside grid cell `cell` (0-8), with a radius from `CELL_RADIUS`."""
     radius = float(rng.uniform(*CELL_RADIUS))
     room = 0.5 / GRID_CELLS - radius - CELL_GAP
     centre_x = (cell % GRID_CELLS + 0.5) / GRID_CELLS

@@ -10,6 +10,7 @@ SCALE = torch.tensor([0.5, -1.0, 2.0])
 class LinearPolicy:
     """`images` and `texts` list what was encoded, in order, so that tests can count."""
 
+    modality = "image"
     resolution = 16
 
     def __init__(self, version: str = "1", resolution: int = 16) -> None:

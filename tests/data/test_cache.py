@@ -15,7 +15,7 @@ import torch
 
 from mmalign.data.cache import FeatureCache, build_cache, cache_folder, feature_key
 from mmalign.data.digests import DigestIndex
-from mmalign.data.features import Features
+from mmalign.data.features import ImageFeatures
 from mmalign.types import DataError, ImageRef
 
 
@@ -230,7 +230,7 @@ def test_both_flips_and_all_crops_are_built(cache, make_rows, linear_policy, dat
     config = data_config(flip=True, crop="random", num_crops=3)
     report = build_cache(policy, rows, config, cache, seed=0)
     assert (report.num_images, len(policy.images), report.encoded) == (4, 24, 24 + 3)
-    features = Features(policy, config, cache, seed=0)
+    features = ImageFeatures(policy, config, cache, seed=0)
     for row in rows:
         for crop_id, flip in features.variants():
             features.image(row.chosen, row.id, crop_id, flip)
@@ -257,7 +257,7 @@ def test_another_encoder_or_resolution_encodes_anew(change, cache, make_rows, li
 def test_damaged_entries_are_encoded_again(cache, make_rows, linear_policy, data_config):
     rows, policy = make_rows(3), linear_policy()
     build_cache(policy, rows, data_config(), cache, seed=0)
-    key = Features(policy, data_config(), cache, seed=0).image_key(rows[1].rejected, rows[1].id, 0, False)
+    key = ImageFeatures(policy, data_config(), cache, seed=0).image_key(rows[1].rejected, rows[1].id, 0, False)
     cache.path(key).write_bytes(cache.path(key).read_bytes()[:-7])
     report = build_cache(policy, rows, data_config(), FeatureCache(cache.folder), seed=0)
     assert (report.encoded, report.reused) == (1, 9)
@@ -267,12 +267,12 @@ def test_damaged_entries_are_encoded_again(cache, make_rows, linear_policy, data
 def test_flipped_bit_is_encoded_again_when_met(cache, make_rows, linear_policy, data_config):
     rows, policy = make_rows(1), linear_policy()
     build_cache(policy, rows, data_config(), cache, seed=0)
-    expected = Features(policy, data_config(), cache, seed=0).image(rows[0].chosen, "row0")
+    expected = ImageFeatures(policy, data_config(), cache, seed=0).image(rows[0].chosen, "row0")
     for path in files(cache):
         content = bytearray(path.read_bytes())
         content[-1] ^= 64
         path.write_bytes(content)
-    features = Features(policy, data_config(), FeatureCache(cache.folder), seed=0)
+    features = ImageFeatures(policy, data_config(), FeatureCache(cache.folder), seed=0)
     with pytest.warns(RuntimeWarning, match="is damaged"):
         assert same(features.image(rows[0].chosen, "row0"), expected)
 
@@ -353,15 +353,17 @@ print(report.encoded, report.reused)
     assert len(files(cache)) == total
     assert list(cache.folder.rglob(".*")) == [], "no temporary file is left"
     policy, config = linear_policy(), data_config(tmp_path / "pairs.jsonl", flip=True)
-    image = Features(policy, config, cache, seed=0).image(ImageRef(path=tmp_path / "7.png"), "any", 0, True)
+    image = ImageFeatures(policy, config, cache, seed=0).image(ImageRef(path=tmp_path / "7.png"), "any", 0, True)
     assert policy.images == []
-    assert same(image, Features(policy, config, None, seed=0).image(ImageRef(path=tmp_path / "7.png"), "any", 0, True))
+    assert same(
+        image, ImageFeatures(policy, config, None, seed=0).image(ImageRef(path=tmp_path / "7.png"), "any", 0, True)
+    )
 
 
 def test_several_threads_write_and_read_one_cache(cache, make_rows, linear_policy, data_config):
     rows, policy = make_rows(12), linear_policy()
-    features = Features(policy, data_config(), cache, seed=0)
-    expected = [Features(policy, data_config(), None, seed=0).image(row.chosen, row.id) for row in rows]
+    features = ImageFeatures(policy, data_config(), cache, seed=0)
+    expected = [ImageFeatures(policy, data_config(), None, seed=0).image(row.chosen, row.id) for row in rows]
     wrong = []
 
     def work() -> None:
@@ -384,7 +386,7 @@ def test_cached_and_uncached_records_are_equal(crop, cache, make_rows, linear_po
     rows, policy = make_rows(3, width=40, height=20), linear_policy()
     config = data_config(crop=crop, num_crops=2, flip=True)
     build_cache(policy, rows, config, cache, seed=3)
-    cached, direct = (Features(policy, config, store, seed=3) for store in (FeatureCache(cache.folder), None))
+    cached, direct = (ImageFeatures(policy, config, store, seed=3) for store in (FeatureCache(cache.folder), None))
     refs, ids = [row.rejected for row in rows], [row.id for row in rows]
     arguments = (refs, ids, [0, 1, 0], [True, False, False])
     if crop == "center":
@@ -399,7 +401,7 @@ def test_misses_of_a_batch_are_encoded_in_one_call_and_once(cache, make_rows, li
     calls = []
     encode = policy.encode_images
     policy.encode_images = lambda images: calls.append(len(images)) or encode(images)
-    features = Features(policy, data_config(), cache, seed=0)
+    features = ImageFeatures(policy, data_config(), cache, seed=0)
     refs = [rows[0].chosen, rows[1].chosen, rows[0].chosen]
     records = features.images(refs, ["a", "b", "c"], [0] * 3, [False] * 3)
     assert calls == [2]
@@ -411,7 +413,7 @@ def test_misses_of_a_batch_are_encoded_in_one_call_and_once(cache, make_rows, li
 
 def test_without_a_cache_nothing_is_kept(make_rows, linear_policy, data_config):
     policy, row = linear_policy(), make_rows(1)[0]
-    features = Features(policy, data_config(), None, seed=0)
+    features = ImageFeatures(policy, data_config(), None, seed=0)
     assert same(features.image(row.chosen, row.id), features.image(row.chosen, row.id))
     assert same(features.prompt("a"), features.prompt("a"))
     assert (len(policy.images), policy.texts) == (2, ["a", "a"])
@@ -421,7 +423,7 @@ def test_both_images_of_a_row_share_crop_and_flip(make_rows, linear_policy, data
     """Two copies of one scene, differing in one corner pixel, stay aligned under any crop and flip."""
     rows = make_rows(1, width=64, height=16)
     config = data_config(crop="random", num_crops=4, flip=True)
-    features = Features(linear_policy(), config, None, seed=1)
+    features = ImageFeatures(linear_policy(), config, None, seed=1)
     crops = set()
     for crop_id, flip in features.variants():
         chosen, rejected = (features.prepare(ref, "row0", crop_id, flip) for ref in (rows[0].chosen, rows[0].rejected))
@@ -431,18 +433,18 @@ def test_both_images_of_a_row_share_crop_and_flip(make_rows, linear_policy, data
         crops.add(chosen.crop_top_left)
     assert len(crops) == 4
     assert features.crop("row0", 0) != features.crop("row1", 0)
-    assert features.crop("row0", 0) != Features(linear_policy(), config, None, seed=2).crop("row0", 0)
+    assert features.crop("row0", 0) != ImageFeatures(linear_policy(), config, None, seed=2).crop("row0", 0)
 
 
 def test_unreadable_image_is_named(make_rows, linear_policy, data_config, cache):
-    features = Features(linear_policy(), data_config(), cache, seed=0)
+    features = ImageFeatures(linear_policy(), data_config(), cache, seed=0)
     with pytest.raises(DataError, match="pairs:9 chosen: not an image"):
         features.image(ImageRef(content=b"nonsense", source="pairs:9 chosen"), "row9")
 
 
 def test_records_do_not_hold_on_to_the_whole_batch(make_rows, linear_policy, data_config):
     rows = make_rows(4)
-    features = Features(linear_policy(), data_config(), None, seed=0)
+    features = ImageFeatures(linear_policy(), data_config(), None, seed=0)
     records = features.images([row.chosen for row in rows], [row.id for row in rows], [0] * 4, [False] * 4)
     for record in records:
         assert record["mean"].untyped_storage().nbytes() == record["mean"].numel() * 4

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from mmalign.evaluation import grid
-from mmalign.evaluation.grid import Cell, CellScore, Column, fit, format_score, save_grid, wrap
+from mmalign.evaluation import drawing
+from mmalign.evaluation.drawing import CellScore, fit, format_score, text_width, wrap
+from mmalign.evaluation.grid import Cell, Column, save_grid
 
 
 def flat(color: str, size: tuple[int, int] = (64, 64)) -> Image.Image:
@@ -55,13 +56,13 @@ def test_gains_are_green_and_losses_red(tmp_path: Path) -> None:
         return read(tmp_path / "grid.png")
 
     up, down, none, tiny = render(0.1, True), render(-0.1, False), render(None, None), render(1e-9, True)
-    assert count(up, grid.GAIN) > 5
-    assert count(up, grid.LOSS) == 0
-    assert count(down, grid.LOSS) > 5
-    assert count(down, grid.GAIN) == 0
+    assert count(up, drawing.GAIN) > 5
+    assert count(up, drawing.LOSS) == 0
+    assert count(down, drawing.LOSS) > 5
+    assert count(down, drawing.GAIN) == 0
     # A difference that reads 0.000 is neither, and a baseline shows no difference at all.
     for picture in (none, tiny):
-        assert count(picture, grid.GAIN) + count(picture, grid.LOSS) == 0
+        assert count(picture, drawing.GAIN) + count(picture, drawing.LOSS) == 0
 
 
 def test_pixel_cap_shrinks_cells_then_leaves_rows_out(tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ def test_pixel_cap_shrinks_cells_then_leaves_rows_out(tmp_path: Path) -> None:
 def test_wrap_fits_the_width_and_keeps_every_word() -> None:
     text = "a red circle " * 30 + "x" * 300
     lines = wrap(text, 19, 200)
-    assert all(grid._width(line, 19) <= 200 for line in lines)
+    assert all(text_width(line, 19) <= 200 for line in lines)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
     short = wrap(text, 19, 200, max_lines=3)
     assert len(short) == 3
@@ -90,9 +91,9 @@ def test_wrap_fits_the_width_and_keeps_every_word() -> None:
 
 
 def test_letters_outside_latin_are_drawn_when_a_font_has_them() -> None:
-    if grid._load("DejaVuSans.ttf", 20) is None:
+    if drawing._load("DejaVuSans.ttf", 20) is None:
         pytest.skip("no DejaVu Sans on this machine")
-    font = grid._font("красный круг", 20)
+    font = drawing.font_for("красный круг", 20)
     assert bytes(font.getmask("к")) != bytes(font.getmask("\U0010ffff"))
 
 

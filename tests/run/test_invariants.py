@@ -14,7 +14,7 @@ from mmalign import registry
 from mmalign.config import load_config
 from mmalign.data.batches import Batches, Order
 from mmalign.data.cache import FeatureCache, build_cache
-from mmalign.data.features import Features
+from mmalign.data.features import ImageFeatures
 from mmalign.data.load import load_rows
 from mmalign.policies.load import load_policy
 from mmalign.run.preflight import PreflightError, probe
@@ -37,7 +37,7 @@ class Bench:
         store = FeatureCache(cache) if cache else None
         if store is not None:
             build_cache(self.policy, rows, data, store, seed=train.seed)
-        features = Features(self.policy, data, store, seed=train.seed)
+        features = ImageFeatures(self.policy, data, store, seed=train.seed)
         self.batches = Batches(
             rows,
             features,
@@ -168,7 +168,7 @@ def test_flip_crop_and_prompt_are_shared_by_a_pair(bench):
         batch = subject.batches.make([(0, visit)])
         assert torch.equal(batch.chosen[0]["size"], batch.rejected[0]["size"])
         dropped += int(torch.equal(batch.context[0]["embeds"], empty))
-        flipped += int(subject.batches._flip(batch.rows[0], visit))
+        flipped += int(subject.batches.features._flip(batch.rows[0], visit))
     assert 0 < flipped < 12
     assert 0 < dropped < 12
 

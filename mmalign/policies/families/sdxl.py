@@ -45,3 +45,9 @@ class StableDiffusionXL(DiffusionPolicy):
                 "time_ids": torch.tensor(ids, device=self.device),
             },
         }
+
+    def unconditional(self) -> dict[str, Tensor]:
+        record = super().unconditional()
+        if self.pipe.config.get("force_zeros_for_empty_prompt", True):
+            return {name: torch.zeros_like(value) for name, value in record.items()}
+        return record

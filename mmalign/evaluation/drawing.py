@@ -1,0 +1,151 @@
+"""Text and pictures on a Pillow canvas: the look that all PNG evidence shares.
+
+Drawn with the font inside Pillow, so it looks the same everywhere. Tiny images are enlarged by a whole factor without
+smoothing (what is shown is what the model saw or made); large ones are reduced with Lanczos.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw
+
+PAPER, INK, MUTED, FAINT, LINE, PLACEHOLDER = "#ffffff", "#16181d", "#6b7280", "#9ca3af", "#e5e7eb", "#f3f4f6"
+GAIN, LOSS, CHANGED = "#15803d", "#b91c1c", "#e7e9fb"
+
+MARGIN, GROUP_GAP, ROW_GAP = 40, 40, 26
+TITLE_PX, TEXT_PX, HEADER_PX, PROMPT_PX, SCORE_PX = 30, 17, 18, 19, 16
+LEADING = 1.36
+SMALL_IMAGE_PX, LARGE_CELL_PX = 200, 320
+MAX_PIXELS = 40_000_000
+
+
+@dataclass(frozen=True)
+class CellScore:
+    """One score line. `gain` is the difference to the baseline (None: this cell is the baseline or has no partner);
+    `better` says which way is good, None for neither."""
+
+    name: str
+    value: float
+    gain: float | None = None
+    better: bool | None = None
+
+
+def format_score(value: float, sign: bool = False) -> str:
+    """About three significant places, `n/a` for an invalid score."""
+    if not math.isfinite(value):
+        return "n/a"
+    digits = 1 if abs(value) >= 100 else 2 if abs(value) >= 10 else 3
+    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+    # A difference that rounds to nothing has no sign.
+    return text if float(text) else text.lstrip("+-")
+
+
+def fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The image scaled into width × height, proportions kept: hard pixels when enlarged twice or more, else Lanczos."""
+    from PIL import Image
+
+    scale = min(width / image.width, height / image.height)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    if size == image.size:
+        return image
+    return image.resize(size, Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS)
+
+
+def wrap(text: str, size: int, width: int, max_lines: int | None = None) -> list[str]:
+    """Lines no wider than `width` pixels. A word wider than a line is broken; text beyond `max_lines` ends in `…`."""
+    lines, current = [], ""
+    for word in text.split():
+        candidate = f"{current} {word}" if current else word
+        if text_width(candidate, size) <= width:
+            current = candidate
+            continue
+        if current:
+            lines.append(current)
+        while text_width(word, size) > width and len(word) > 1:
+            fits = next((n for n in range(len(word) - 1, 1, -1) if text_width(word[:n], size) <= width), 1)
+            lines.append(word[:fits])
+            word = word[fits:]
+        current = word
+    lines.append(current)
+    if max_lines is not None and len(lines) > max_lines:
+        lines = [*lines[: max_lines - 1], shorten(" ".join(lines[max_lines - 1 :]), size, width)]
+    return lines
+
+
+def shorten(text: str, size: int, width: int) -> str:
+    if text_width(text, size) <= width:
+        return text
+    # Never measure more of an endless prompt than could fit.
+    text = text[: max(1, width)]
+    while text and text_width(text + "…", size) > width:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+def line_height(size: int) -> int:
+    return round(size * LEADING)
+
+
+def draw_text(draw: ImageDraw.ImageDraw, xy: tuple[int, int], text: str, size: int, fill: str) -> None:
+    draw.text(xy, text, font=font_for(text, size), fill=fill)
+
+
+def text_width(text: str, size: int) -> int:
+    return math.ceil(font_for(text, size).getlength(text))
+
+
+def font_for(text: str, size: int) -> Any:
+    """The font inside Pillow; where it lacks a letter of `text` (it is Latin only), a system font that has it."""
+    if all(_has(None, letter) for letter in set(text)):
+        return _load(None, size)
+    for name in ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf"):
+        if _load(name, size) is not None and all(_has(name, letter) for letter in set(text)):
+            return _load(name, size)
+    return _load(None, size)
+
+
+def draw_score(draw: ImageDraw.ImageDraw, score: CellScore, x: int, y: int, width: int) -> None:
+    """One line: name on the left, value and gain on the right."""
+    right = x + width
+    if score.gain is not None and math.isfinite(score.gain):
+        text = format_score(score.gain, sign=True)
+        unchanged = score.better is None or text[0] not in "+-"
+        draw_text(
+            draw,
+            (right - text_width(text, SCORE_PX), y),
+            text,
+            SCORE_PX,
+            MUTED if unchanged else GAIN if score.better else LOSS,
+        )
+        # Gains of the usual length stand in one column, and so do the scores before them.
+        right -= max(text_width(text, SCORE_PX), text_width("+0.000", SCORE_PX)) + 10
+    text = format_score(score.value)
+    right -= text_width(text, SCORE_PX)
+    draw_text(draw, (right, y), text, SCORE_PX, INK)
+    draw_text(draw, (x, y), shorten(score.name, SCORE_PX, right - 8 - x), SCORE_PX, MUTED)
+
+
+@lru_cache(maxsize=64)
+def _load(name: str | None, size: int) -> Any:
+    from PIL import ImageFont
+
+    if name is None:
+        return ImageFont.load_default(size)
+    try:
+        return ImageFont.truetype(name, size)
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=4096)
+def _has(name: str | None, letter: str) -> bool:
+    if letter.isspace():
+        return True
+    font = _load(name, 20)
+    # An unassigned code point draws the font's "missing" box.
+    return bytes(font.getmask(letter)) != bytes(font.getmask("\U0010ffff"))

@@ -1,0 +1,92 @@
+"""What an online run needs beside the session's part: prompts dealt out in groups, training rewards, the replay check."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from mmalign.config import LoadedConfig
+from mmalign.data.groups import Groups, GroupSample
+from mmalign.reward import RewardError, load_rewards
+from mmalign.run.checkpoint import LoopState
+from mmalign.run.panel import RewardPanel, Rewards
+from mmalign.run.preflight import probe_rollout
+from mmalign.run.session import Session
+
+
+class OnlineSession(Session):
+    """A session whose data are prompts and whose run can be left between iterations only."""
+
+    unit = "samples"
+
+    def __init__(self, loaded: LoadedConfig) -> None:
+        super().__init__(loaded)
+        self._failing: set[str] = set()
+
+    def load_method(self) -> Any:
+        method = super().load_method()
+        self.stride = method.updates_per_rollout
+        self._reference_idle = not method.needs_reference
+        return method
+
+    def load_prompts(self, policy: Any, method: Any) -> Groups:
+        """Read the prompts of an online run, encode what is not cached yet, and deal out the samples."""
+        config = self.config
+        rows, features = self.rows(policy, method)
+        return Groups(
+            rows,
+            features,
+            seed=config.train.seed,
+            group_size=method.group_size,
+            prompts_per_rollout=method.prompts_per_rollout,
+            updates_per_rollout=method.updates_per_rollout,
+            batch_size=config.train.batch_size,
+            shared_noise=method.shared_noise,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+
+    def preflight_rollout(self, policy: Any, method: Any, groups: Groups, state: LoopState) -> None:
+        """Replay of the first micro-batch and gradient reach, before the first step of a fresh run."""
+        if state.step or not self.config.run.preflight or not self.config.train.steps:
+            return
+        with self.phase("preflight"):
+            trajectory = method.rollout(policy, groups, groups.mine(0)[0][0], 0)
+            lines = probe_rollout(policy, trajectory, dtype=self.config.model.dtype)
+        for line in lines:
+            self.say(f"preflight: {line}")
+
+    def load_panel(self, policy: Any) -> RewardPanel:
+        """The training rewards and, watched from the first rollout, those held out of training."""
+        config = self.config
+        with self.phase("load"):
+            scorers = load_rewards([*config.rewards, *config.evaluate.held_out], policy.device)
+        training = [
+            (scorer, reward.weight, reward.timeout) for scorer, reward in zip(scorers, config.rewards, strict=False)
+        ]
+        return RewardPanel(training, scorers[len(config.rewards) :])
+
+    def check_rewards(self, rewards: Rewards, samples: Sequence[GroupSample], iteration: int) -> None:
+        """Keep a line of every missing score, and stop when a training reward has none at all."""
+        if self.is_main and rewards.failures:
+            lines = (
+                {"iteration": iteration, "prompt": samples[n].row.prompt, "sample": n, "reward": name, "reason": reason}
+                for n, name, reason in rewards.failures
+            )
+            with (self.folder.path / "reward_failures.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        for column, name in enumerate(rewards.names):
+            reasons = [reason for _, failed, reason in rewards.failures if failed == name]
+            if reasons and name not in self._failing:
+                self._failing.add(name)
+                self.say(
+                    f"reward {name!r}: {len(reasons)} of {len(samples)} samples of iteration {iteration} have no score "
+                    f"({reasons[0]}); they are left out of the update and listed in reward_failures.jsonl"
+                )
+            if column < rewards.num_training and bool(rewards.reward_NK[:, column].isnan().all()):
+                raise RewardError(
+                    f"reward {name!r} gave no valid score for any of the {len(samples)} samples of iteration "
+                    f"{iteration}: {reasons[0]}. The checkpoints written so far are from before",
+                    "invalid",
+                )
