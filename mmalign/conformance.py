@@ -1,6 +1,7 @@
 """`mmalign rewards check SPEC`: does a reward keep the contract? A table of facts, and an exit code.
 
-The reward is loaded as a run would load it and scores renders of the synthetic world, or rows of your own data.
+The reward is loaded as a run would load it and scores renders of the synthetic world, or answers about them, or rows of
+your own data.
 """
 
 from __future__ import annotations
@@ -40,13 +41,18 @@ class Check:
 
 @dataclass(frozen=True)
 class _Inputs:
-    images: list[Image.Image]
+    """For a reward of answers, `images` holds a list of images for each answer and `columns` has `responses`."""
+
+    images: list[Any]
     prompts: list[str]
     columns: list[dict[str, Any]] | None
 
     def pick(self, index: Sequence[int]) -> _Inputs:
         columns = None if self.columns is None else [self.columns[n] for n in index]
         return _Inputs([self.images[n] for n in index], [self.prompts[n] for n in index], columns)
+
+    def pixels(self) -> list[bytes]:
+        return [part.tobytes() for image in self.images for part in (image if isinstance(image, list) else [image])]
 
 
 def check_reward(
@@ -79,12 +85,13 @@ def run_checks(config: RewardConfig | str, *, data: str | None = None, device: s
     except ValueError as error:
         return [Check("loads", "fail", str(error))]
     checks = [Check("loads", "pass", f"{scorer.name}, fingerprint {scorer.fingerprint}")]
-    inputs = _world_inputs() if data is None else _data_inputs(data)
+    world = _world_answers if scorer.unit == "answer" else _world_inputs
+    inputs = world() if data is None else _data_inputs(data, scorer.unit)
     absent = [key for key in scorer.required_columns if key not in ((inputs.columns or [{}])[0])]
     if absent:
         fix = "give rows that have it with --data FILE" if data is None else f"{data} does not have it"
         return [*checks, Check("columns", "fail", f"the reward needs the column {absent[0]!r}; {fix}")]
-    before = [image.tobytes() for image in inputs.images]
+    before = inputs.pixels()
     try:
         started = time.perf_counter()
         output = _score(scorer, inputs)
@@ -93,19 +100,20 @@ def run_checks(config: RewardConfig | str, *, data: str | None = None, device: s
         name = {"shape": "shape", "dtype": "dtype", "invalid": "NaN policy"}.get(error.problem, "call")
         return [*checks, Check(name, "fail", str(error))]
     num_images = len(inputs.images)
-    rate = f"{num_images / seconds:.3g} images/s on {device}"
+    unit = scorer.unit
+    rate = f"{num_images / seconds:.3g} {unit}s/s on {device}"
     return [
         *checks,
-        Check("shape", "pass", f"one number per image, {num_images} of {num_images}; {rate}"),
+        Check("shape", "pass", f"one number per {unit}, {num_images} of {num_images}; {rate}"),
         Check("dtype", "pass", "real numbers, stored as fp32" + _sub_score_names(output)),
-        _check_nan(output),
+        _check_nan(output, unit),
         *(_check_batch(scorer, inputs, output, size) for size in BATCH_SIZES),
         _check_order(scorer, inputs, output),
         _check_repeat(scorer, inputs, output),
         _check_range(scorer, output),
         _check_prompts(scorer, inputs, output),
         _check_columns(scorer, inputs, output),
-        _check_hard_inputs(scorer, inputs),
+        (_check_hard_answers if unit == "answer" else _check_hard_inputs)(scorer, inputs),
         _unchanged(before, inputs),
     ]
 
@@ -135,17 +143,35 @@ def _world_inputs() -> _Inputs:
     return _Inputs([Image.fromarray(pixels_HWC) for pixels_HWC in pixels_NHWC], prompts, None)
 
 
-def _data_inputs(data: str) -> _Inputs:
+def _world_answers() -> _Inputs:
+    """True answers and, every second time, the next question's."""
+    from PIL import Image
+
+    from mmalign.synthetic.questions import evaluation_questions
+
+    questions = evaluation_questions("train", NUM_IMAGES, 0)
+    columns = [
+        {"truth": question.truth, "kind": question.kind, "responses": questions[(n + n % 2) % NUM_IMAGES].truth}
+        for n, question in enumerate(questions)
+    ]
+    images = [[Image.fromarray(pixels_HWC) for pixels_HWC in question.images] for question in questions]
+    return _Inputs(images, [question.prompt for question in questions], columns)
+
+
+def _data_inputs(data: str, unit: Literal["image", "answer"]) -> _Inputs:
     from mmalign.scoring import read_items
 
-    found = []
+    found: list[tuple[Any, str, dict[str, Any]]] = []
     for item in read_items(data):
-        if item.image is not None:
+        if unit == "answer" and item.response is not None:
+            shown = [image.open() for image in item.shown]
+            found.append((shown, item.prompt, {**item.columns, "responses": item.response}))
+        elif unit == "image" and item.image is not None:
             found.append((item.image.open(), item.prompt, dict(item.columns)))
         if len(found) == NUM_IMAGES:
             break
     if len(found) < 2:
-        raise ValueError(f"{data}: {len(found)} usable images; the check needs at least 2, better {NUM_IMAGES}")
+        raise ValueError(f"{data}: {len(found)} usable {unit}s; the check needs at least 2, better {NUM_IMAGES}")
     images, prompts, columns = (list(part) for part in zip(*found, strict=True))
     return _Inputs(images, prompts, columns)
 
@@ -158,19 +184,19 @@ def _sub_score_names(output: RewardOutput) -> str:
     return f"; sub-scores {', '.join(output.sub_scores)}" if output.sub_scores else ""
 
 
-def _check_nan(output: RewardOutput) -> Check:
+def _check_nan(output: RewardOutput, unit: str) -> Check:
     values = output.scores.tolist()
     reasons = sorted({reason for reason in output.errors or [] if reason})
     if reasons:
         invalid = sum(math.isnan(value) for value in values)
         return Check(
-            "NaN policy", "note", f"{invalid} of {len(values)} images without a score: {'; '.join(reasons[:3])}"
+            "NaN policy", "note", f"{invalid} of {len(values)} {unit}s without a score: {'; '.join(reasons[:3])}"
         )
     if len(values) > 1 and len(set(values)) == 1:
         return Check(
-            "NaN policy", "note", f"all {len(values)} images got {values[0]:g}; a stand-in value? use None or NaN"
+            "NaN policy", "note", f"all {len(values)} {unit}s got {values[0]:g}; a stand-in value? use None or NaN"
         )
-    return Check("NaN policy", "pass", f"all {len(values)} images scored, mean {sum(values) / len(values):.4g}")
+    return Check("NaN policy", "pass", f"all {len(values)} {unit}s scored, mean {sum(values) / len(values):.4g}")
 
 
 def _difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
@@ -219,16 +245,14 @@ def _check_batch(scorer: Scorer, inputs: _Inputs, output: RewardOutput, size: in
     return _attempt(name, check)
 
 
-_BATCH_FIX = (
-    "a score must not depend on the other images of its batch (padding, batch norm, normalising over the batch)"
-)
+_BATCH_FIX = "a score must not depend on the others of its batch (padding, batch norm, normalising over the batch)"
 
 
 def _check_order(scorer: Scorer, inputs: _Inputs, output: RewardOutput) -> Check:
     def check() -> Check:
         reverse = inputs.pick(range(len(inputs.images) - 1, -1, -1))
         scores = _score(scorer, reverse, require_valid=False).scores.tolist()[::-1]
-        fix = "the i-th score must belong to the i-th image"
+        fix = f"the i-th score must belong to the i-th {scorer.unit}"
         return _compare("order", "reversed", scores, output.scores.tolist(), BATCH_TOLERANCE, fix)
 
     return _attempt("order", check)
@@ -297,10 +321,26 @@ def _check_hard_inputs(scorer: Scorer, inputs: _Inputs) -> Check:
         ("a prompt in another script", inputs.images[0], "一个红色的圆 🔴 «круг»"),
     ]
     columns = None if inputs.columns is None else inputs.columns[:1]
+    return _score_each(scorer, [(name, _Inputs([image], [prompt], columns)) for name, image, prompt in cases])
+
+
+def _check_hard_answers(scorer: Scorer, inputs: _Inputs) -> Check:
+    assert inputs.columns is not None
+    images, prompts, columns = inputs.images[:1], inputs.prompts[:1], inputs.columns[0]
+    texts = {
+        "an empty answer": "",
+        "a 300-word answer": " ".join(["a red circle and"] * 75),
+        "an answer in another script": "一个红色的圆 🔴 «круг»",
+    }
+    cases = [(name, _Inputs(images, prompts, [{**columns, "responses": text}])) for name, text in texts.items()]
+    return _score_each(scorer, [*cases, ("a question without images", _Inputs([[]], prompts, [columns]))])
+
+
+def _score_each(scorer: Scorer, cases: Sequence[tuple[str, _Inputs]]) -> Check:
     unscored = []
-    for name, image, prompt in cases:
+    for name, inputs in cases:
         try:
-            output = scorer.score([image], [prompt], columns, require_valid=False)
+            output = _score(scorer, inputs, require_valid=False)
         except RewardError as error:
             return Check("hard inputs", "fail", f"{name}: {error}")
         if math.isnan(output.scores.item()):
@@ -310,7 +350,7 @@ def _check_hard_inputs(scorer: Scorer, inputs: _Inputs) -> Check:
 
 
 def _unchanged(before: list[bytes], inputs: _Inputs) -> Check:
-    changed = [n for n, image in enumerate(inputs.images) if image.tobytes() != before[n]]
+    changed = [n for n, pixels in enumerate(inputs.pixels()) if pixels != before[n]]
     if changed:
         return Check("images", "fail", f"the reward changed image {changed[0]} in place; work on image.copy()")
     return Check("images", "pass", "left unchanged")

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 TABLES: dict[str, dict[str, str]] = {
     "family": {
+        "llava": "mmalign.policies.families.llava:Llava",
         "sd15": "mmalign.policies.families.sd:StableDiffusion",
         "sd3": "mmalign.policies.families.sd3:StableDiffusion3",
         "sdxl": "mmalign.policies.families.sdxl:StableDiffusionXL",
@@ -51,10 +52,14 @@ TABLES: dict[str, dict[str, str]] = {
         "folders": "mmalign.data.readers:read_folders",
         "hub": "mmalign.data.readers:read_hub",
         "jsonl": "mmalign.data.readers:read_jsonl",
+        "mdpo": "mmalign.data.readers:read_mdpo",
         "parquet": "mmalign.data.readers:read_parquet",
         "pickapic": "mmalign.data.readers:read_pickapic",
+        "prompts": "mmalign.data.readers:read_prompts",
+        "rlhf_v": "mmalign.data.readers:read_rlhf_v",
         "synthetic": "mmalign.data.synthetic:read_synthetic",
         "synthetic_answers": "mmalign.data.synthetic:read_synthetic_answers",
+        "trl": "mmalign.data.readers:read_trl",
     },
 }
 

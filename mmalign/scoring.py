@@ -1,10 +1,10 @@
-"""`mmalign score`: a reward over a folder of images, a JSONL file or preference pairs; one JSON line per image.
+"""`mmalign score`: a reward over a folder of images, a JSONL file or preference pairs; one JSON line per image or answer.
 
     {"id": …, "path": …, "prompt": …, "score": 0.27, "sub_scores": {…}, "error": null, "reward": "clip",
      "fingerprint": …}
 
-Preference pairs give two lines per row, with `side` chosen and rejected. An image that cannot be read or scored keeps
-its line, with `score` null and the reason in `error`.
+Preference pairs give two lines per row, with `side` chosen and rejected; lines of pairs of texts also hold the
+`response`. What cannot be read or scored keeps its line, with `score` null and the reason in `error`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from typing import IO, TYPE_CHECKING, Any
 from mmalign.conformance import check_reward
 from mmalign.reward import RewardError, Scorer, load_reward
 from mmalign.reward_catalog import list_rewards, new_reward
-from mmalign.types import DataError, ImageRef
+from mmalign.types import DataError, ImageRef, Row
 
 if TYPE_CHECKING:
-    from PIL import Image
     from rich.console import Console
 
     from mmalign.config import RewardConfig
@@ -41,7 +40,8 @@ PROMPT_FIELDS = ("prompt", "caption", "text")
 
 @dataclass(frozen=True)
 class Item:
-    """One image to score. `image` is None where the row is bad; `error` then says why."""
+    """One image to score, or one answer (`response`) about the images `shown`. Both are None where the row is bad;
+    `error` then says why."""
 
     id: str
     path: str | None
@@ -50,6 +50,8 @@ class Item:
     columns: Mapping[str, Any] = field(default_factory=dict)
     side: str | None = None
     error: str | None = None
+    response: str | None = None
+    shown: tuple[ImageRef, ...] = ()
 
 
 @dataclass
@@ -69,7 +71,7 @@ class _Tally:
             self.sides.setdefault(item.id, {})[item.side] = score
 
     def line(self, scorer: Scorer) -> str:
-        text = f"{scorer.name}: {len(self.scores)} of {self.num_items} images scored"
+        text = f"{scorer.name}: {len(self.scores)} of {self.num_items} {scorer.unit}s scored"
         if self.scores:
             mean = math.fsum(self.scores) / len(self.scores)
             text += f", mean {mean:.4g} ({min(self.scores):.4g} … {max(self.scores):.4g})"
@@ -124,12 +126,13 @@ def score_data(
     with _output(out, stream or sys.stdout) as lines:
         opened = map_threaded(_open, itertools.islice(items, limit), ahead=2 * batch_size)
         for batch in _batches(opened, batch_size):
+            _require_unit(scorer, [item for item, _, _ in batch], data)
             for item, record, score in _score_batch(scorer, batch):
                 lines.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
                 tally.add(item, score)
             lines.flush()
         if tally.num_items == 0:
-            raise DataError(f"{data}: no images to score")
+            raise DataError(f"{data}: no {scorer.unit}s to score")
     console.print(tally.line(scorer), markup=False, highlight=False, soft_wrap=True)
     return 0 if len(tally.scores) == tally.num_items else 1
 
@@ -166,6 +169,18 @@ def _require_prompts(scorer: Scorer, data: str | Path, format: str, console: Con
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _require_unit(scorer: Scorer, items: Sequence[Item], data: str | Path) -> None:
+    """A reward of images cannot score answers, nor the other way round."""
+    for item in items:
+        held = "answer" if item.response is not None else "image" if item.image is not None else scorer.unit
+        if held != scorer.unit:
+            raise RewardError(
+                f"reward {scorer.name!r} scores {scorer.unit}s, and {data} holds {held}s; give data with {scorer.unit}s, "
+                f"or a reward of {held}s",
+                "invalid",
+            )
 
 
 def _is_image(path: Path) -> bool:
@@ -269,19 +284,27 @@ def _pair_items(data: str, format: str, options: dict[str, Any]) -> Iterator[Ite
     """Both sides of each row that a data reader yields; bad rows keep a line, rows dropped on purpose do not."""
     from mmalign import registry
     from mmalign.data.fields import BadRow
-    from mmalign.data.readers import detect_format
-    from mmalign.types import Row
+    from mmalign.data.readers import detect_format, locate
 
     name = detect_format(data) if format == "auto" else format
     reader = registry.resolve("reader", name)
-    for row in reader(data, **registry.check_options("reader", name, reader, options)):
+    for row in reader(locate(data), **registry.check_options("reader", name, reader, options)):
         if isinstance(row, BadRow):
             yield Item(row.source, None, "", None, error=str(row))
         elif isinstance(row, Row):
-            side = None if row.rejected is None else "chosen"
-            yield Item(row.id, _shown(row.chosen), row.prompt, row.chosen, row.columns, side)
+            if row.chosen is None:
+                yield Item(row.id, None, row.prompt, None, error=f"{row.source}: a prompt alone; nothing to score")
+                continue
+            yield _response_item(row, row.chosen, None if row.rejected is None else "chosen")
             if row.rejected is not None:
-                yield Item(row.id, _shown(row.rejected), row.prompt, row.rejected, row.columns, "rejected")
+                yield _response_item(row, row.rejected, "rejected")
+
+
+def _response_item(row: Row, response: ImageRef | str, side: str | None) -> Item:
+    if isinstance(response, ImageRef):
+        return Item(row.id, _shown(response), row.prompt, response, row.columns, side)
+    path = _shown(row.images[0]) if row.images else None
+    return Item(row.id, path, row.prompt, None, row.columns, side, response=response, shown=row.images)
 
 
 def _shown(ref: ImageRef) -> str:
@@ -289,24 +312,28 @@ def _shown(ref: ImageRef) -> str:
     return str(ref.path.absolute()) if type(ref) is ImageRef and ref.path is not None else ref.source
 
 
-def _open(item: Item) -> tuple[Item, Image.Image | None, str | None]:
-    if item.image is None:
-        return item, None, item.error
+def _open(item: Item) -> tuple[Item, Any, str | None]:
+    """(item, its image or the list of images its answer is about, why there is none)."""
     try:
-        return item, item.image.open(), None
+        if item.response is not None:
+            return item, [ref.open() for ref in item.shown], None
+        return item, None if item.image is None else item.image.open(), item.error
     except DataError as error:
         return item, None, str(error)
 
 
 def _score_batch(
-    scorer: Scorer, batch: Sequence[tuple[Item, Image.Image | None, str | None]]
+    scorer: Scorer, batch: Sequence[tuple[Item, Any, str | None]]
 ) -> Iterator[tuple[Item, dict[str, Any], float]]:
     """(item, JSON record, score or NaN) in the order of the batch."""
     readable = [(item, image) for item, image, _ in batch if image is not None]
     output = scorer.score(
         [image for _, image in readable],
         [item.prompt for item, _ in readable],
-        [item.columns for item, _ in readable],
+        [
+            item.columns if item.response is None else {**item.columns, "responses": item.response}
+            for item, _ in readable
+        ],
         require_valid=False,
     )
     assert output.errors is not None
@@ -322,6 +349,7 @@ def _score_batch(
             "path": item.path,
             **({} if item.side is None else {"side": item.side}),
             "prompt": item.prompt,
+            **({} if item.response is None else {"response": item.response}),
             "score": _json_number(score),
             "sub_scores": sub_scores,
             "error": error,

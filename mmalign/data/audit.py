@@ -1,4 +1,4 @@
-"""What is wrong with a training set, and how wrong: counts, sizes, duplicates, contradictions, broken images.
+"""What is wrong with a training set, and how wrong: counts, sizes, lengths, duplicates, contradictions, broken images.
 
 `mmalign data check` prints the audit and writes `audit.json`. Every image is read and decoded once. A finding of
 severity `error` would stop training; a `warning` would not, but is worth a look.
@@ -10,12 +10,13 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from mmalign.data.fields import BadRow
-from mmalign.data.load import map_threaded, read_rows
+from mmalign.data.load import images_of, map_threaded, read_rows
+from mmalign.data.texts import response_problem
 from mmalign.types import DataError, ImageRef, Row
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ class Audit:
         source: data path.
         counts: `rows`, `paired`, `prompts` and `images` (different ones), and the reader's counts.
         prompt_words, prompt_chars: lengths over rows.
+        chosen_words, rejected_words: lengths of text responses; None for images.
+        longer_chosen_share: share of text pairs whose chosen response has more words than the rejected one, ties at
+            ½. Far from 0.5, length alone tells which is preferred, and a model learns that first.
         image_height, image_width: pixels, over different images.
         image_sizes: the ten most frequent "WIDTHxHEIGHT" with their counts.
         resolution: training size that `upsampled_share` refers to; None if not given.
@@ -76,6 +80,9 @@ class Audit:
     counts: dict[str, int]
     prompt_words: Spread | None
     prompt_chars: Spread | None
+    chosen_words: Spread | None
+    rejected_words: Spread | None
+    longer_chosen_share: float | None
     image_height: Spread | None
     image_width: Spread | None
     image_sizes: dict[str, int]
@@ -105,12 +112,16 @@ class Audit:
         for name, spread in (
             ("prompt words", self.prompt_words),
             ("prompt characters", self.prompt_chars),
+            ("words in chosen", self.chosen_words),
+            ("words in rejected", self.rejected_words),
             ("image height", self.image_height),
             ("image width", self.image_width),
         ):
             if spread is not None:
                 text = f"{spread.low:g} … {spread.high:g}, median {spread.median:g}, 95 % up to {spread.high_95:g}"
                 table.add_row(name, text)
+        if self.longer_chosen_share is not None:
+            table.add_row("chosen is longer", f"in {self.longer_chosen_share:.1%} of the pairs")
         if self.image_sizes:
             table.add_row("frequent sizes", ", ".join(f"{size}: {count:,}" for size, count in self.image_sizes.items()))
         if self.upsampled_share is not None:
@@ -173,6 +184,7 @@ def audit_rows(
     sizes = list(collected.sizes.values())
     below = [] if resolution is None else [size for size in sizes if min(size) < resolution]
     frequent = Counter(f"{width}x{height}" for height, width in sizes).most_common(10)
+    chosen, rejected = ([len(text.split()) for text in texts] for texts in _text_responses(rows))
     return Audit(
         source=source,
         counts={
@@ -184,6 +196,9 @@ def audit_rows(
         },
         prompt_words=Spread.of([len(row.prompt.split()) for row in rows]),
         prompt_chars=Spread.of([len(row.prompt) for row in rows]),
+        chosen_words=Spread.of(chosen),
+        rejected_words=Spread.of(rejected),
+        longer_chosen_share=_longer_share(rows),
         image_height=Spread.of([height for height, _ in sizes]),
         image_width=Spread.of([width for _, width in sizes]),
         image_sizes=dict(frequent),
@@ -202,8 +217,23 @@ class _Look:
     problem: str = ""
 
 
-def _look_at_row(row: Row) -> list[_Look]:
-    return [_look(ref) for ref in (row.chosen, row.rejected) if ref is not None]
+def _text_responses(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """All chosen and all rejected responses that are text."""
+    chosen = [row.chosen for row in rows if isinstance(row.chosen, str)]
+    return chosen, [row.rejected for row in rows if isinstance(row.rejected, str)]
+
+
+def _longer_share(rows: Sequence[Row]) -> float | None:
+    pairs = [(row.chosen, row.rejected) for row in rows]
+    lengths = [(len(a.split()), len(b.split())) for a, b in pairs if isinstance(a, str) and isinstance(b, str)]
+    if not lengths:
+        return None
+    return sum(1.0 if first > second else 0.5 if first == second else 0.0 for first, second in lengths) / len(lengths)
+
+
+def _look_at_row(row: Row) -> dict[int, _Look]:
+    """What each image of the row is, by the identity of its reference."""
+    return {id(ref): _look(ref) for ref in images_of(row)}
 
 
 def _look(ref: ImageRef) -> _Look:
@@ -218,34 +248,47 @@ def _look(ref: ImageRef) -> _Look:
 class _Collected:
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
+    unusable: list[str] = field(default_factory=list)
     identical: list[str] = field(default_factory=list)
     duplicate: list[str] = field(default_factory=list)
     contradicting: list[str] = field(default_factory=list)
     small: list[tuple[str, int]] = field(default_factory=list)
-    _pairs: dict[tuple[str, ...], str] = field(default_factory=dict)
-    _preferred: dict[tuple[str, ...], str] = field(default_factory=dict)
+    _pairs: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    _preferred: dict[tuple[Any, ...], str] = field(default_factory=dict)
 
-    def add(self, row: Row, looks: Sequence[_Look]) -> None:
-        problems = [look.problem for look in looks if look.problem]
+    def add(self, row: Row, looks: Mapping[int, _Look]) -> None:
+        problems = [look.problem for look in looks.values() if look.problem]
         self.unreadable += problems[:1]
-        self.sizes.update({look.digest: look.size for look in looks if not look.problem})
+        self.sizes.update({look.digest: look.size for look in looks.values() if not look.problem})
         if problems:
             return
-        self.small.append((row.source, min(min(look.size) for look in looks)))
-        digests = [look.digest for look in looks]
-        if len(digests) == 2 and digests[0] == digests[1]:
+        drawn = [looks[id(side)].size for side in (row.chosen, row.rejected) if isinstance(side, ImageRef)]
+        if drawn:
+            self.small.append((row.source, min(map(min, drawn))))
+        sides = [_content(side, looks) for side in (row.chosen, row.rejected) if side is not None]
+        if len(sides) == 2 and sides[0] == sides[1]:
             self.identical.append(row.source)
             return
-        key = (row.prompt, *digests)
+        problem = response_problem(row) if isinstance(row.chosen, str) else None
+        if problem is not None:
+            self.unusable.append(f"{row.source}: {problem}")
+            return
+        shown = tuple(_content(ref, looks) for ref in row.images)
+        key = (row.history, row.prompt, shown, *sides)
         if key in self._pairs:
             self.duplicate.append(f"{row.source} repeats {self._pairs[key]}")
             return
         self._pairs[key] = row.source
-        if len(digests) == 2 and row.preference != 0.5:
-            opposite = self._preferred.get((row.prompt, *reversed(digests)))
+        if len(sides) == 2 and row.preference != 0.5:
+            opposite = self._preferred.get((row.history, row.prompt, shown, *reversed(sides)))
             if opposite is not None:
                 self.contradicting.append(f"{row.source} against {opposite}")
             self._preferred[key] = row.source
+
+
+def _content(side: ImageRef | str, looks: Mapping[int, _Look]) -> tuple[str, str]:
+    """Identity of an image or a text."""
+    return ("text", side) if isinstance(side, str) else ("image", looks[id(side)].digest)
 
 
 def _findings(
@@ -262,7 +305,8 @@ def _findings(
             collected.unreadable,
             "an image cannot be decoded; data.on_bad_row: skip leaves them out",
         ),
-        ("identical", "error", collected.identical, "chosen and rejected are the same image, byte for byte"),
+        ("identical", "error", collected.identical, "chosen and rejected are the same text, or image byte for byte"),
+        ("unusable", "error", collected.unusable, "cannot be answered in text"),
         (
             "only_ties",
             "error",
@@ -273,9 +317,14 @@ def _findings(
             "contradicting",
             "warning",
             collected.contradicting,
-            "another row prefers the other image under the same prompt; their gradients cancel",
+            "another row prefers the other response under the same prompt; their gradients cancel",
         ),
-        ("duplicate", "warning", collected.duplicate, "same prompt and images as another row; it counts twice"),
+        (
+            "duplicate",
+            "warning",
+            collected.duplicate,
+            "same prompt, images and responses as another row; it counts twice",
+        ),
         (
             "empty_prompt",
             "warning",

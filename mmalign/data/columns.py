@@ -1,13 +1,16 @@
-"""Readers of tables whose columns the config names: Parquet files and Hugging Face datasets."""
+"""Readers of tables whose columns the config names: Parquet files and Hugging Face datasets, of image or text pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mmalign.data.fields import NUMBERS, BadRow, BadValueError, Columns, RowBuilder, digest_of, parse_image
+from mmalign.data.records import table_records, text_rows
+from mmalign.data.responses import kind_of_table
 from mmalign.data.tables import ParquetTable, Table, check_columns, check_light, open_dataset, parquet_files
+from mmalign.data.texts import text_columns_of
 from mmalign.types import ImageRef, Row
 
 
@@ -19,6 +22,8 @@ def read_parquet(
     rejected_column: str | None = "rejected",
     id_column: str = "id",
     split: str | None = None,
+    images_column: str | None = None,
+    responses: Literal["auto", "image", "text"] = "auto",
     columns: list[str] | None = None,
     allow_empty_prompt: bool = False,
 ) -> Iterator[Row | BadRow]:
@@ -30,13 +35,18 @@ def read_parquet(
     Args:
         prompt_column, chosen_column, rejected_column, id_column: column names. `rejected_column: null`: unpaired rows.
         split: part of the file names before `-00000-of-00010`; needed where a folder holds several.
+        images_column: images that a prompt shows. Default: `images` or `image`.
+        responses: whether chosen and rejected are images or texts. Default: told by the columns and the first rows.
         columns: further columns to keep for rewards. Default: all that hold no binary data.
         allow_empty_prompt: accept empty captions.
     """
     table = ParquetTable(path, parquet_files(Path(path).expanduser(), split))
-    names = Columns(
-        prompt_column, chosen_column, rejected_column, id_column, None if columns is None else tuple(columns)
-    )
+    kept = None if columns is None else tuple(columns)
+    texts = text_columns_of(prompt_column, chosen_column, rejected_column, id_column, images_column, kept)
+    if (kind_of_table(table, texts) if responses == "auto" else responses) == "text":
+        needed = [name for name in (chosen_column, rejected_column) if name is not None]
+        return text_rows(table_records(table, texts, needed), texts, allow_empty_prompt=allow_empty_prompt)
+    names = Columns(prompt_column, chosen_column, rejected_column, id_column, kept)
     return _read_pairs(table, names, allow_empty_prompt)
 
 
@@ -50,6 +60,8 @@ def read_hub(
     chosen_column: str = "chosen",
     rejected_column: str | None = "rejected",
     id_column: str = "id",
+    images_column: str | None = None,
+    responses: Literal["auto", "image", "text"] = "auto",
     columns: list[str] | None = None,
     allow_empty_prompt: bool = False,
 ) -> Iterator[Row | BadRow]:
@@ -60,13 +72,18 @@ def read_hub(
         name: configuration (subset) of the dataset.
         revision: branch, tag or commit on the hub.
         prompt_column, chosen_column, rejected_column, id_column: column names. `rejected_column: null`: unpaired rows.
+        images_column: images that a prompt shows. Default: `images` or `image`.
+        responses: whether chosen and rejected are images or texts. Default: told by the columns and the first rows.
         columns: further columns to keep for rewards. Default: all that hold no binary data.
         allow_empty_prompt: accept empty captions.
     """
     table = open_dataset(path, split=split, name=name, revision=revision)
-    names = Columns(
-        prompt_column, chosen_column, rejected_column, id_column, None if columns is None else tuple(columns)
-    )
+    kept = None if columns is None else tuple(columns)
+    texts = text_columns_of(prompt_column, chosen_column, rejected_column, id_column, images_column, kept)
+    if (kind_of_table(table, texts) if responses == "auto" else responses) == "text":
+        needed = [name for name in (chosen_column, rejected_column) if name is not None]
+        return text_rows(table_records(table, texts, needed), texts, allow_empty_prompt=allow_empty_prompt)
+    names = Columns(prompt_column, chosen_column, rejected_column, id_column, kept)
     return _read_pairs(table, names, allow_empty_prompt)
 
 

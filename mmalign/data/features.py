@@ -289,6 +289,8 @@ class TextFeatures:
         found = response_problem(row)
         if found is not None:
             return found
+        if self.with_negatives and not row.images:
+            return "the prompt shows no image, so the method has no image to contrast it with"
         if row.chosen is None:
             return None
         try:

@@ -1,6 +1,7 @@
 """JSON Lines: one object per line, images as paths beside the file or embedded as base64.
 
     {"prompt": "a red fox", "chosen": "images/1a.png", "rejected": "images/1b.png"}
+    {"prompt": "What is this?", "images": ["images/2.png"], "chosen": "A fox.", "rejected": "A dog."}
 
 Embedded images stay on disk: the reference remembers the line's byte offset and decodes it when asked.
 """
@@ -12,7 +13,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mmalign.data.fields import (
     BadRow,
@@ -24,6 +25,7 @@ from mmalign.data.fields import (
     parse_image,
     required,
 )
+from mmalign.data.texts import text_columns_of
 from mmalign.types import DataError, ImageRef, Row
 
 
@@ -55,28 +57,42 @@ def read_jsonl(
     chosen_column: str = "chosen",
     rejected_column: str | None = "rejected",
     id_column: str = "id",
+    images_column: str | None = None,
+    responses: Literal["auto", "image", "text"] = "auto",
     media: str | None = None,
     columns: list[str] | None = None,
     allow_empty_prompt: bool = False,
 ) -> Iterator[Row | BadRow]:
-    """Rows of a JSONL file, or of the one JSONL file in a folder.
+    """Rows of a JSONL file, or of the one JSONL file in a folder: pairs of images, or of texts (`mmalign.data.texts`).
 
     `preference`, `margin`, `score_chosen` and `score_rejected` are read where present.
 
     Args:
         prompt_column, chosen_column, rejected_column, id_column: field names. `rejected_column: null`:
             unpaired rows.
+        images_column: images that a prompt shows. Default: `images` or `image`.
+        responses: whether `chosen` and `rejected` are images or texts. Default: as the first row that tells.
         media: folder that relative image paths start at. Default: the folder of the file.
         columns: further fields to keep for rewards. Default: all.
         allow_empty_prompt: accept empty captions.
     """
+    from mmalign.data.records import json_records, text_rows
+    from mmalign.data.responses import kind_of_rows
+
     file = find_jsonl(Path(path).expanduser())
-    folder = file.parent if media is None else file.parent / Path(media).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"{file}: media folder {str(folder)!r} does not exist; set data.options.media")
-    names = Columns(
-        prompt_column, chosen_column, rejected_column, id_column, None if columns is None else tuple(columns)
-    )
+    folder = media_folder(file.parent, media)
+    kept = None if columns is None else tuple(columns)
+    text_columns = text_columns_of(prompt_column, chosen_column, rejected_column, id_column, images_column, kept)
+    if responses == "auto":
+        objects = ((f"{file}:{line}", values, folder) for line, _, values in read_objects(file))
+        responses = kind_of_rows(
+            ((where, values, folder) for where, values, folder in objects if isinstance(values, Mapping)), text_columns
+        )
+    if responses == "text":
+        records = json_records(file, media)
+        yield from text_rows(records, text_columns, allow_empty_prompt=allow_empty_prompt)
+        return
+    names = Columns(prompt_column, chosen_column, rejected_column, id_column, kept)
     builder = RowBuilder(names, allow_empty_prompt)
     for line, offset, values in read_objects(file):
         source = f"{file}:{line}"
@@ -112,6 +128,14 @@ def _image(value: Any, file: Path, offset: int, name: str, folder: Path, source:
     if isinstance(found, Path):
         return ImageRef(path=found, source=where)
     return JsonlImageRef(path=file, source=where, offset=offset, column=name)
+
+
+def media_folder(base: Path, media: str | None) -> Path:
+    """Where relative image paths start: `media`, itself relative to the data's folder `base`. Raises `DataError`."""
+    folder = base if media is None else base / Path(media).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"{base}: media folder {str(folder)!r} does not exist; set data.options.media")
+    return folder
 
 
 def find_jsonl(path: Path) -> Path:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mmalign import registry
 from mmalign.data.digests import CELL_FIELDS, replace_file
 from mmalign.data.fields import BadRow, Dropped
-from mmalign.data.readers import detect_format
+from mmalign.data.readers import detect_format, locate
 from mmalign.randomness import uniform
 from mmalign.types import DataError, ImageRef, Row
 
@@ -82,7 +82,7 @@ def read_rows(config: DataConfig, *, stop_at_bad: bool) -> tuple[list[Row], list
     bad: list[BadRow] = []
     counts: Counter[str] = Counter({"rows": 0, "bad": 0, "swapped": 0, "noisy": 0, "ties_soft": 0})
     seen: dict[str, str] = {}
-    for item in reader(config.path, **options):
+    for item in reader(locate(config.path), **options):
         if isinstance(item, Dropped):
             counts[item.kind] += 1
             continue

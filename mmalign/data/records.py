@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.data.fields import BadRow, BadValueError, digest_of, parse_image
-from mmalign.data.jsonl import JsonlImageRef, find_jsonl, read_objects
+from mmalign.data.jsonl import JsonlImageRef, find_jsonl, media_folder, read_objects
 from mmalign.data.tables import (
     ParquetTable,
     Table,
@@ -115,14 +115,6 @@ def _json_file(path: Path) -> Path | None:
         return None
     found = sorted(path.glob("*.json"))
     return found[0] if len(found) == 1 and not any(path.glob("*.jsonl")) else find_jsonl(path)
-
-
-def media_folder(base: Path, media: str | None) -> Path:
-    """Where relative image paths start: `media`, itself relative to the data's folder `base`. Raises `DataError`."""
-    folder = base if media is None else base / Path(media).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"{base}: media folder {str(folder)!r} does not exist; set data.options.media")
-    return folder
 
 
 def json_records(file: Path, media: str | None) -> Iterator[Record | BadRow]:

@@ -54,6 +54,15 @@ class TextColumns:
         return list(self.keep) if self.keep is not None else [name for name in available if name not in self.roles()]
 
 
+def text_columns_of(
+    prompt: str, chosen: str, rejected: str | None, id: str, images: str | None, keep: tuple[str, ...] | None
+) -> TextColumns:
+    """`TextColumns` from a reader's options; `images` None: the usual names."""
+    shown = TextColumns.images if images is None else (images,)
+    shown = tuple(name for name in shown if name not in (chosen, rejected))
+    return TextColumns(prompt, chosen=chosen, rejected=rejected, images=shown, id=id, keep=keep)
+
+
 @dataclass
 class TextBuilder:
     """Checks raw values and makes rows; keeps count of derived ids, so use one per read.

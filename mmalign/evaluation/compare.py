@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,19 +21,16 @@ from numpy.typing import NDArray
 from mmalign.evaluation.drawing import CellScore
 from mmalign.evaluation.files import replacing, slug, write_text
 from mmalign.evaluation.grid import Cell, Column, save_grid
+from mmalign.evaluation.image_report import ImageReport
 from mmalign.evaluation.prompts import PromptRow, read_prompt_rows, read_prompts
-from mmalign.evaluation.report import Report, RewardInfo, compare_scores, write_report
+from mmalign.evaluation.report import compare_scores, write_report
+from mmalign.evaluation.scores import Index, Inputs, Progress, Scores, check_units, score_samples
 
 if TYPE_CHECKING:
     from mmalign.config import EvaluateConfig
     from mmalign.policies.base import Policy, View
     from mmalign.reward import Scorer
 
-Progress = Callable[[str, int, int], None]
-"""Called as progress(phase, done, total); phase is `sample LABEL` or `score`."""
-
-# Large enough that one reward call is efficient, small enough that full-size images stay below about 200 MB.
-IMAGES_PER_SCORE_CALL = 64
 MAX_GRID_IMAGES_PER_ROW = 6
 MAX_GRID_SCORES = 4
 ABOUT = "about.json"
@@ -52,7 +49,7 @@ def evaluate(
     details: Mapping[str, str] | None = None,
     samples: Path | None = None,
     progress: Progress | None = None,
-) -> Report:
+) -> ImageReport:
     """Compare two views of one policy.
 
     Args:
@@ -77,7 +74,7 @@ def compare_models(
     details: Mapping[str, str] | None = None,
     samples: Path | None = None,
     progress: Progress | None = None,
-) -> Report:
+) -> ImageReport:
     """Compare any number of models with the first.
 
     Args:
@@ -111,9 +108,10 @@ def _compare(
     details: Mapping[str, str] | None,
     samples: Path | None,
     progress: Progress | None,
-) -> Report:
+) -> ImageReport:
     if config.prompts is None:
         raise ValueError("evaluate.prompts is not set; give a prompt file or builtin:attributes_heldout")
+    check_units([scorer for scorer, _ in scorers], "image")
     rows, num_repeated = _unique(read_prompt_rows(config.prompts, config.limit))
     sample_root = samples or folder / "samples"
     plan: _Plan | None = None
@@ -138,11 +136,11 @@ def _compare(
     if plan is None or len(labels) < 2:
         raise ValueError(f"a comparison needs at least two models, got {len(labels)}")
     images = np.stack(image_paths)
-    rewards, scores = score_images(images, rows, scorers, progress)
+    scores = _score_images(images, rows, scorers, progress)
     shown = [("model", " · ".join(dict.fromkeys(names))), *(details or {}).items()]
     if num_repeated:
         shown.append(("repeated prompts left out", str(num_repeated)))
-    report = Report(
+    report = ImageReport(
         title=title,
         labels=tuple(labels),
         models=tuple(names),
@@ -151,12 +149,12 @@ def _compare(
         guidance_scales=tuple(float(scale) for scale in plan.guidance_scales),
         num_steps=plan.num_steps,
         identical_noise=len(kinds) == 1,
-        rewards=rewards,
-        scores=scores,
+        rewards=scores.rewards,
+        scores=scores.values,
         images=images,
         details=tuple((str(key), str(value)) for key, value in shown),
     )
-    report = replace(report, entries=compare_scores(rewards, scores, labels, report.guidance_scales))
+    report = replace(report, entries=compare_scores(scores.rewards, scores.values, labels, report.guidance_scales))
     write_grid(report, folder / "grid.png", config.grid_prompts)
     write_report(report, folder)
     return report
@@ -260,58 +258,20 @@ def weights_fingerprint(policy: Policy, view: View) -> str:
     return digest.hexdigest()
 
 
-def score_images(
+def _score_images(
     images: NDArray[Any],
     rows: Sequence[PromptRow],
     scorers: Sequence[tuple[Scorer, bool]],
-    progress: Progress | None = None,
-) -> tuple[tuple[RewardInfo, ...], dict[str, NDArray[np.float64]]]:
-    """Score files `[L, G, P, S]` with every reward; sub-scores become rewards called `REWARD.SUB`."""
-    scores: dict[str, NDArray[np.float64]] = {}
-    infos: dict[str, RewardInfo] = {}
-    errors: dict[str, str] = {}
-    names = _reward_names([scorer for scorer, _ in scorers])
-    indices = list(np.ndindex(images.shape))
-    for start in range(0, len(indices) if scorers else 0, IMAGES_PER_SCORE_CALL):
-        chunk = indices[start : start + IMAGES_PER_SCORE_CALL]
-        pictures = [_load(images[index]) for index in chunk]
-        prompts = [rows[index[2]].prompt for index in chunk]
-        columns = [rows[index[2]].columns for index in chunk]
-        for name, (scorer, trained_on) in zip(names, scorers, strict=True):
-            output = scorer.score(pictures, prompts, columns, require_valid=False)
-            parts = {name: output.scores, **{f"{name}.{sub}": value for sub, value in output.sub_scores.items()}}
-            for part, values in parts.items():
-                if part not in scores:
-                    scores[part] = np.full(images.shape, np.nan)
-                    infos[part] = RewardInfo(part, trained_on, None if part == name else name, scorer.higher_is_better)
-                scores[part][tuple(np.transpose(chunk))] = np.asarray(values, dtype=np.float64)
-            first = next((error for error in output.errors or () if error), None)
-            if first:
-                errors.setdefault(name, first)
-        if progress:
-            progress("score", start + len(chunk), len(indices))
-    for part, info in infos.items():
-        n_invalid = int((~np.isfinite(scores[part])).sum())
-        if info.parent is None and n_invalid == images.size:
-            raise ValueError(f"reward {part!r} gave no valid score for any of {images.size} images: {errors.get(part)}")
-        infos[part] = replace(info, n_invalid=n_invalid, first_error=errors.get(part))
-    # A reward's own line first, its sub-scores under it, in the order the rewards were given.
-    order = [part for name in names for part in infos if part == name or infos[part].parent == name]
-    return tuple(infos[part] for part in order), scores
+    progress: Progress | None,
+) -> Scores:
+    def load(chunk: Sequence[Index]) -> Inputs:
+        of = [rows[index[2]] for index in chunk]
+        return [_load(images[index]) for index in chunk], [row.prompt for row in of], [row.columns for row in of]
+
+    return score_samples(images.shape, load, scorers, "image", progress)
 
 
-def _reward_names(scorers: Sequence[Scorer]) -> list[str]:
-    """Scorer names, made distinct: training on one CLIP while holding out another is the normal case."""
-    names: list[str] = []
-    for scorer in scorers:
-        name, number = scorer.name, 2
-        while name in names:
-            name, number = f"{scorer.name}-{number}", number + 1
-        names.append(name)
-    return names
-
-
-def write_grid(report: Report, path: Path, num_prompts: int) -> None:
+def write_grid(report: ImageReport, path: Path, num_prompts: int) -> None:
     """The first prompts (not picked) at the first guidance scale, as many seeds as fit side by side."""
     shown = min(num_prompts, len(report.prompts))
     num_seeds = max(1, min(len(report.seeds), MAX_GRID_IMAGES_PER_ROW // len(report.labels)))
@@ -349,4 +309,4 @@ def _load(path: Path) -> Any:
         return image.convert("RGB")
 
 
-__all__ = ["compare_models", "evaluate", "read_prompts", "score_images", "weights_fingerprint", "write_grid"]
+__all__ = ["compare_models", "evaluate", "read_prompts", "weights_fingerprint", "write_grid"]

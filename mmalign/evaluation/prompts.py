@@ -85,7 +85,7 @@ def _read_jsonl(path: Path, text: str) -> Iterator[PromptRow]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number}: not JSON: {error}") from None
-        yield _from_record(record, f"{path}:{number}")
+        yield prompt_row(record, f"{path}:{number}")
 
 
 def _read_json(path: Path, text: str) -> Iterator[PromptRow]:
@@ -96,7 +96,7 @@ def _read_json(path: Path, text: str) -> Iterator[PromptRow]:
     if not isinstance(records, list):
         raise ValueError(f"{path}: expected a list of prompts or records, found {type(records).__name__}")
     for index, record in enumerate(records):
-        yield _from_record(record, f"{path}[{index}]")
+        yield prompt_row(record, f"{path}[{index}]")
 
 
 def _read_tsv(path: Path, text: str) -> Iterator[PromptRow]:
@@ -122,10 +122,11 @@ def _from_table(path: Path, lines: list[list[str]]) -> Iterator[PromptRow]:
     for number, cells in enumerate(records, start=2):
         if len(cells) > len(header):
             raise ValueError(f"{path}:{number}: {len(cells)} cells for {len(header)} columns")
-        yield _from_record(dict(zip(header, cells, strict=False)), f"{path}:{number}")
+        yield prompt_row(dict(zip(header, cells, strict=False)), f"{path}:{number}")
 
 
-def _from_record(record: Any, source: str) -> PromptRow:
+def prompt_row(record: Any, source: str) -> PromptRow:
+    """The prompt of one record (or string). Raises `ValueError` naming `source`."""
     if isinstance(record, str):
         prompt, columns = record, {}
     elif isinstance(record, dict):

@@ -83,12 +83,9 @@ def score_samples(
     for part, info in infos.items():
         n_invalid = int((~np.isfinite(values[part])).sum())
         if info.parent is None and n_invalid == len(indices):
-            raise ValueError(
-                f"reward {part!r} gave no valid score for any of {n_invalid} {unit}s. First reason: "
-                f"{errors.get(part, 'none given')}"
-            )
+            raise ValueError(f"reward {part!r} gave no valid score for any of {n_invalid} {unit}s: {errors.get(part)}")
         infos[part] = replace(info, n_invalid=n_invalid, first_error=errors.get(part))
-    # Sub-scores follow their reward, whatever the batch they first appeared in.
+    # A reward's own line first, its sub-scores under it, in the order the rewards were given.
     ordered = [info for name in names for info in infos.values() if name in (info.name, info.parent)]
     return Scores(tuple(ordered), values, marks)
 
@@ -110,5 +107,11 @@ def check_units(scorers: Sequence[Scorer], unit: Literal["image", "answer"]) -> 
 
 
 def reward_names(scorers: Sequence[Scorer]) -> list[str]:
-    """Names of the report: two rewards of one name stay apart as `clip` and `clip-2`."""
+    """Scorer names, made distinct: training on one CLIP while holding out another is the normal case."""
     names: list[str] = []
+    for scorer in scorers:
+        name, number = scorer.name, 2
+        while name in names:
+            name, number = f"{scorer.name}-{number}", number + 1
+        names.append(name)
+    return names

@@ -32,7 +32,7 @@ def clipped_surrogate(
         log_prob_BS: under the policy that is trained, `[B, S]`, nats per element or per token.
         old_log_prob_BS: as recorded when the sample was drawn, same shape; no gradient flows into it.
         advantage_B: `[B]`; finite also where the sample is masked out later.
-        clip_range: ε, or (low, high), both ≥ 0. In the log-probs' unit: averages over latent elements move by 1e-5 to
+        clip_range: ε, or (low, high), both > 0. In the log-probs' unit: averages over latent elements move by 1e-5 to
             1e-2, so diffusion and flow use 1e-4 (1e-5 for short windows), tokens 0.2.
 
     Returns `[B, S]`, fp32. Raises `ValueError` on shapes that differ or a clip range that is negative, not finite, or
@@ -97,9 +97,9 @@ def _columns(advantage_B: Tensor, like_BS: Tensor) -> Tensor:
 
 def _bounds(clip_range: float | tuple[float, float]) -> tuple[float, float]:
     low, high = clip_range if isinstance(clip_range, (tuple, list)) else (clip_range, clip_range)
-    if not (0 <= low < 1 and high >= 0 and math.isfinite(high)):
+    if not (0 < low < 1 and 0 < high < math.inf):
         raise ValueError(
-            f"clip_range = {clip_range}: must be ε or (low, high) with 0 <= low < 1 and 0 <= high "
+            f"clip_range = {clip_range}: must be ε or (low, high) with 0 < low < 1 and 0 < high "
             "(published for diffusion and flow: 1e-4 to 1e-5, tokens 0.2)"
         )
     return low, high

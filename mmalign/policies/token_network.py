@@ -29,7 +29,7 @@ class Parts:
     projector: nn.Module
     language: nn.Module
     embedding: nn.Module
-    head: nn.Module
+    head: nn.Linear
 
 
 class TokenNetwork(nn.Module):
@@ -99,7 +99,9 @@ class TokenNetwork(nn.Module):
 def _checkpointed_layers(language: nn.Module) -> list[nn.Module]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [module for module in language.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers: list[nn.Module] = [
+        module for module in language.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
     if not layers:
         raise ValueError(
             f"model.gradient_checkpointing: {type(language).__name__} does not support it; set it to false"
@@ -107,7 +109,7 @@ def _checkpointed_layers(language: nn.Module) -> list[nn.Module]:
     for layer in layers:
         # Not reentrant: with frozen embeddings a reentrant checkpoint would cut the graph in front of every adapter.
         layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
-        layer.gradient_checkpointing = True
+        layer.gradient_checkpointing = True  # type: ignore[assignment]
     return layers
 
 
@@ -116,13 +118,13 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
-def token_logps(head: nn.Module, hidden_MD: Tensor, target_M: Tensor, *, chunk_logits: int = CHUNK_LOGITS) -> Tensor:
+def token_logps(head: nn.Linear, hidden_MD: Tensor, target_M: Tensor, *, chunk_logits: int = CHUNK_LOGITS) -> Tensor:
     """log p(target) under softmax(head(hidden)), `[M]`, fp32.
 
     Computed in chunks of at most `chunk_logits` logits, each recomputed in the backward pass: the `[M, V]` logits, the
     largest tensor of a step by far, never exist.
     """
-    size = max(1, chunk_logits // head.weight.shape[0])
+    size = max(1, chunk_logits // head.out_features)
     chunks = zip(hidden_MD.split(size), target_M.split(size), strict=True)
     if not torch.is_grad_enabled():
         return torch.cat([_chunk_logps(head, hidden_CD, target_C) for hidden_CD, target_C in chunks])

@@ -3,12 +3,13 @@
 Every response continues after the last prompt position and sees the prompt and itself alone, so the row computes what n
 separate sequences would. The last token of a response is never an input: nothing is predicted from it.
 
-Shape legend: R requests, N rows, L row length, A position axes, P prompt and T response tokens, M response tokens of all
-requests, S image tokens of all rows.
+Shape legend: R requests, N rows, L row length (Q as queries, K as keys), A position axes, P prompt tokens, T response
+tokens, M response tokens of all requests, S image tokens of all rows.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -74,7 +75,9 @@ class Rows:
     shared: bool
 
     def to(self, device: torch.device) -> Rows:
-        moved = {name: v.to(device, non_blocking=True) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **moved)
 
     def mask(self, dtype: torch.dtype) -> Tensor:
@@ -86,12 +89,12 @@ class Rows:
             return (self.segment_NL != PADDING).long()
         length = self.segment_NL.shape[1]
         order = torch.arange(length, device=self.segment_NL.device)
-        key_N1L, query_NL1 = self.segment_NL[:, None, :], self.segment_NL[:, :, None]
-        related_NLL = (key_N1L == query_NL1) | ((key_N1L == PROMPT) & (query_NL1 != PADDING))
-        alone_NLL = (query_NL1 != PADDING) | (order[None, None, :] == order[None, :, None])
-        allowed_NLL = related_NLL & alone_NLL & (order[None, None, :] <= order[None, :, None])
-        mask_NLL = torch.zeros(allowed_NLL.shape, dtype=dtype, device=allowed_NLL.device)
-        return mask_NLL.masked_fill_(~allowed_NLL, torch.finfo(dtype).min)[:, None]
+        key_N1K, query_NQ1 = self.segment_NL[:, None, :], self.segment_NL[:, :, None]
+        related_NQK = (key_N1K == query_NQ1) | ((key_N1K == PROMPT) & (query_NQ1 != PADDING))
+        alone_NQK = (query_NQ1 != PADDING) | (order[None, None, :] == order[None, :, None])
+        allowed_NQK = related_NQK & alone_NQK & (order[None, None, :] <= order[None, :, None])
+        mask_NQK = torch.zeros(allowed_NQK.shape, dtype=dtype, device=allowed_NQK.device)
+        return mask_NQK.masked_fill_(~allowed_NQK, torch.finfo(dtype).min)[:, None]
 
 
 @dataclass
@@ -124,13 +127,12 @@ def pack(
     Raises `ValueError` when a context's placeholders and features differ in number.
     """
     rows = _group(contexts, targets, share)
-    offsets = _image_offsets(contexts)
+    image_ids = list(dict.fromkeys(name for context in contexts for name in context.image_ids))
     lengths = [len(r.context.ids) + sum(len(ids) - 1 for _, ids in r.responses) for r in rows]
     length = -(-max(lengths) // multiple) * multiple
     ids_NL = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
     segment_NL = torch.full((len(rows), length), PADDING, dtype=torch.long)
-    positions_N, features_S, states_M = [], [], []
-    targets_M, requests_M = [], []
+    positions_N, states_M, targets_M, requests_M = [], [], [], []
     for n, row in enumerate(rows):
         num_prompt = len(row.context.ids)
         position_AP = positions(row.context) if positions is not None else torch.arange(num_prompt)[None]
@@ -149,18 +151,17 @@ def pack(
             column = end
         position_AL = torch.cat(parts, 1)
         positions_N.append(torch.nn.functional.pad(position_AL, (0, length - column)))
-        features_S.append(_feature_rows(row.context, offsets, image_token_id))
-    images = ids_NL.eq(image_token_id) & segment_NL.eq(PROMPT)
-    image_row_S, image_column_S = images.nonzero(as_tuple=True)
+    prompts = [row.context for row in rows]
+    row_S, column_S, feature_S = image_rows(ids_NL, segment_NL == PROMPT, prompts, image_ids, image_token_id)
     state_2M, request_2M = torch.cat(states_M, 1), torch.cat(requests_M, 1)
     return Rows(
         ids_NL=ids_NL,
         position_ANL=torch.stack(positions_N, 1),
         segment_NL=segment_NL,
-        image_row_S=image_row_S,
-        image_column_S=image_column_S,
-        image_feature_S=torch.cat(features_S),
-        image_ids=tuple(offsets),
+        image_row_S=row_S,
+        image_column_S=column_S,
+        image_feature_S=feature_S,
+        image_ids=tuple(image_ids),
         state_row_M=state_2M[0],
         state_column_M=state_2M[1],
         target_M=torch.cat(targets_M),
@@ -180,29 +181,27 @@ def _group(contexts: Sequence[TokenContext], targets: Sequence[TokenTarget], sha
     return list(rows.values())
 
 
-def _image_offsets(contexts: Sequence[TokenContext]) -> dict[str, int]:
-    """Where each different image begins in the concatenation of all features."""
-    offsets: dict[str, int] = {}
-    end = 0
+def image_rows(
+    ids_NL: Tensor, prompt_NL: Tensor, contexts: Sequence[TokenContext], image_ids: Sequence[str], image_token_id: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row and column of each image token, and which row of the concatenated features of `image_ids` it takes, `[S]` each.
+
+    Args:
+        prompt_NL: where prompts are; row n holds the prompt of `contexts[n]`.
+
+    Raises `ValueError` when a context's placeholders and features differ in number.
+    """
+    sizes = {name: len(f) for context in contexts for name, f in zip(context.image_ids, context.features, strict=True)}
+    starts = dict(zip(image_ids, itertools.accumulate((sizes[name] for name in image_ids), initial=0), strict=False))
+    found: list[Tensor] = [torch.zeros(0, dtype=torch.long)]
     for context in contexts:
-        for name, feature_TD in zip(context.image_ids, context.features, strict=True):
-            if name not in offsets:
-                offsets[name] = end
-                end += len(feature_TD)
-    return offsets
-
-
-def _feature_rows(context: TokenContext, offsets: dict[str, int], image_token_id: int) -> Tensor:
-    """Rows of the concatenated features, in the order of the context's image tokens."""
-    parts = [
-        offsets[name] + torch.arange(len(feature))
-        for name, feature in zip(context.image_ids, context.features, strict=True)
-    ]
-    found = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
-    num_tokens = int((context.ids == image_token_id).sum())
-    if num_tokens != len(found):
-        raise ValueError(
-            f"the prompt has {num_tokens} image tokens, its {len(context.features)} image(s) have {len(found)} features: "
-            f"they were encoded by another image processor, or images of different sizes were exchanged"
-        )
-    return found
+        num_features = sum(sizes[name] for name in context.image_ids)
+        num_tokens = int((context.ids == image_token_id).sum())
+        if num_tokens != num_features:
+            raise ValueError(
+                f"the prompt has {num_tokens} image tokens, its {len(context.image_ids)} image(s) have {num_features} "
+                f"features: they were encoded by another image processor, or images of different sizes were exchanged"
+            )
+        found += [starts[name] + torch.arange(sizes[name]) for name in context.image_ids]
+    row_S, column_S = (ids_NL.eq(image_token_id) & prompt_NL).nonzero(as_tuple=True)
+    return row_S, column_S, torch.cat(found)

@@ -1,4 +1,4 @@
-"""`mmalign grid`: runs, pipelines and LoRA files side by side on the same noise."""
+"""`mmalign grid`: runs, models and LoRA files side by side, on the same noise or the same questions."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Any
 
 from rich.console import Console
 
+from mmalign import registry
 from mmalign.builtin import resolve_path
-from mmalign.config import Config, ConfigError, EvaluateConfig, ModelConfig, RewardConfig, load_config
-from mmalign.evaluation.compare import compare_models
+from mmalign.config import Config, ConfigError, ModelConfig, RewardConfig, load_config
+from mmalign.evaluation import check_evaluation, compare_policies
 from mmalign.policies.load import default_device, load_policy
 from mmalign.reward import load_rewards
 from mmalign.run.environment import quiet_libraries
+
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 
 
 def compare(
@@ -27,14 +30,18 @@ def compare(
     num_steps: int | None,
     limit: int | None,
     out: Path,
+    temperature: float | None = None,
+    max_new_tokens: int | None = None,
 ) -> None:
     """Sample the base of `run`, its result, and every `vs` model; write grid.png, report.html and report.json to `out`.
 
     Args:
         run: run folder (base and result are shown) or a config (its base alone).
-        vs: run folders, pipeline folders, hub ids or LoRA files of the same family.
+        vs: run folders, model folders, hub ids or LoRA files and folders of the same family.
+        guidance, num_steps: for models that make images; None or empty: as the run's config says.
+        temperature, max_new_tokens: for language models; None: as the run's config says.
 
-    Raises `ConfigError` if there is nothing to compare or no prompt.
+    Raises `ConfigError` if there is nothing to compare, no prompt, or a setting that the family does not read.
     """
     quiet_libraries()
     console = Console()
@@ -52,26 +59,33 @@ def compare(
     chosen = config.evaluate.prompts if prompts is None else prompts
     if chosen is None:
         raise ConfigError("no prompts: give --prompts FILE (or builtin:attributes_heldout)")
-    evaluate = EvaluateConfig(
-        prompts=chosen,
-        limit=limit or (config.evaluate.limit if prompts is None else None),
-        seeds=seeds,
-        guidance_scale=list(guidance) or config.evaluate.guidance_scale,
-        num_steps=num_steps or config.evaluate.num_steps,
-        batch_size=config.evaluate.batch_size,
-        grid_prompts=config.evaluate.grid_prompts,
-    )
+    family = registry.resolve("family", config.model.family)
+    given = {
+        "guidance_scale": list(guidance) or None,
+        "num_steps": num_steps,
+        "temperature": temperature,
+        "max_new_tokens": max_new_tokens,
+    }
+    given = {key: value for key, value in given.items() if value is not None}
+    idle = [key for key in given if f"evaluate.{key}" in getattr(family, "unread", ())]
+    if idle:
+        raise ConfigError(f"{idle[0]} = {given[idle[0]]!r} would do nothing: {config.model.family} models have none")
+    limit = limit or (config.evaluate.limit if prompts is None else None)
+    evaluate = config.evaluate.model_copy(update={"prompts": chosen, "limit": limit, "seeds": seeds, **given})
     specs = [RewardConfig(name=name) for name in rewards] or [*config.evaluate.rewards, *config.evaluate.held_out]
     trained_on = {reward.name for reward in config.rewards}
+    scorers = load_rewards(specs, default_device())
+    check_evaluation(family.modality, evaluate, scorers)
 
     def models() -> Iterator[tuple[str, Any, Any]]:
         for label, model in entries:
             yield label, load_policy(model, data=config.data, train=False), "policy"
 
-    report = compare_models(
+    report = compare_policies(
+        family.modality,
         models(),
         evaluate,
-        list(zip(load_rewards(specs, default_device()), (spec.name in trained_on for spec in specs), strict=True)),
+        [(scorer, spec.name in trained_on) for scorer, spec in zip(scorers, specs, strict=True)],
         out,
         title=f"{config.model.path}: {' / '.join(label for label, _ in entries)}",
         progress=lambda phase, done, total: console.print(f"{phase} {done}/{total}") if done == total else None,
@@ -107,7 +121,7 @@ def result_model(model: ModelConfig, final: Path) -> ModelConfig:
 
 
 def other_model(config: Config, spec: str) -> ModelConfig:
-    """A run folder, a LoRA (file, or folder with pytorch_lora_weights.safetensors), or a pipeline."""
+    """A run folder, a LoRA (a file, or a folder in the format of diffusers or PEFT), or a model."""
     path = Path(resolve_path(spec))
     if (path / "config.yaml").is_file() and (path / "final").is_dir():
         other, tuned = open_run(spec)
@@ -115,7 +129,7 @@ def other_model(config: Config, spec: str) -> ModelConfig:
         if other.model.family != config.model.family:
             raise ConfigError(f"{spec!r} is a {other.model.family} run, compared with {config.model.family}")
         return tuned
-    if path.suffix == ".safetensors" or (path / "pytorch_lora_weights.safetensors").is_file():
+    if path.suffix == ".safetensors" or any((path / name).is_file() for name in LORA_FILES):
         return base_model(config.model).model_copy(update={"adapters": [*config.model.adapters, spec]})
     return base_model(config.model).model_copy(update={"path": spec, "adapters": [], "revision": None, "variant": None})
 

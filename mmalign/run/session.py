@@ -27,7 +27,7 @@ from mmalign.data.cache import FeatureCache, build_cache, cache_folder
 from mmalign.data.features import Features, make_features
 from mmalign.data.groups import Groups
 from mmalign.data.load import check_rows, content_fingerprint, drop_bad, load_rows, verify_images
-from mmalign.evaluation.compare import evaluate, read_prompts
+from mmalign.evaluation import check_evaluation, evaluate_policy
 from mmalign.policies.load import load_policy
 from mmalign.registry import nearest
 from mmalign.reward import load_rewards
@@ -119,8 +119,9 @@ class Session:
         with self.phase("load"):
             if config.evaluate.prompts is not None:
                 # A bad prompt list or a reward that cannot load should not cost a training first.
-                read_prompts(config.evaluate.prompts, config.evaluate.limit)
-                load_rewards([*config.evaluate.rewards, *config.evaluate.held_out], "cpu")
+                modality = registry.resolve("family", config.model.family).modality
+                scorers = load_rewards([*config.evaluate.rewards, *config.evaluate.held_out], "cpu")
+                check_evaluation(modality, config.evaluate, scorers)
             policy = load_policy(config.model, data=config.data, device=self.accelerator.device, seed=config.train.seed)
         self._reference_fingerprint = policy.reference_fingerprint()
         trained = sum(parameter.numel() for _, parameter in policy.trainable())
@@ -214,7 +215,6 @@ class Session:
             augmentation=config.data.model_dump(
                 exclude={"path", "on_bad_row", "cache", "cache_dir", "cache_reference", "num_workers"}
             ),
-            resolution=policy.resolution,
             dtype=config.model.dtype,
             requests=method.requests_per_row,
         )
@@ -465,7 +465,7 @@ class Session:
         loaded = load_rewards(specs, policy.device)
         scorers = [(scorer, spec.name in trained_on) for scorer, spec in zip(loaded, specs, strict=True)]
         with self.phase("evaluate"):
-            evaluate(
+            evaluate_policy(
                 policy,
                 config,
                 scorers,

@@ -111,3 +111,79 @@ def test_json_and_table_show_the_same(make_rows):
     shown = console.file.getvalue()
     for text in ("data check: my pairs", "3 ties dropped", "error: identical", "1 rows", "[bold]pairs:0", "24x16: 3"):
         assert text in shown
+
+
+# --- rows answered in text --------------------------------------------------------------------------------------------
+
+
+def answers(make_rows, number: int) -> list:
+    return [
+        replace(
+            row,
+            prompt=f"<image> what {n} ?",
+            images=(row.chosen,),
+            chosen="there is a red circle .",
+            rejected="a blue one .",
+        )
+        for n, row in enumerate(make_rows(number))
+    ]
+
+
+def test_clean_text_rows_have_lengths_and_no_findings(make_rows):
+    rows = answers(make_rows, 4)
+    rows[1] = replace(rows[1], rejected="there is a blue circle . and more")
+    rows[2] = replace(rows[2], rejected="there is a blue circle .")
+    audit = audit_rows(rows, resolution=1000)
+    assert audit.findings == [], "what a prompt shows is not drawn, so it is not enlarged"
+    assert audit.counts == {"rows": 4, "paired": 4, "prompts": 4, "images": 4}
+    assert (audit.chosen_words.low, audit.chosen_words.high) == (6, 6)
+    assert (audit.rejected_words.low, audit.rejected_words.high) == (4, 8)
+    assert audit.longer_chosen_share == pytest.approx((1 + 1 + 0.5) / 4)
+    console = Console(file=io.StringIO(), width=200)
+    console.print(audit.to_table())
+    assert "words in rejected" in console.file.getvalue()
+    assert "in 62.5% of the pairs" in console.file.getvalue()
+    assert audit_rows(make_rows(2)).longer_chosen_share is None
+
+
+def test_every_problem_of_text_rows_is_counted_and_named(make_rows):
+    rows = answers(make_rows, 9)
+    rows[0] = replace(rows[0], images=(ImageRef(content=b"junk", source="pairs:0 images[0]"),))
+    rows[1] = replace(rows[1], rejected=rows[1].chosen)
+    rows[2] = replace(rows[3], id="x", source="pairs:2")  # 3 repeats 2
+    rows[4] = replace(rows[5].swapped(), id="y", source="pairs:4")  # 5 contradicts 4
+    rows[6] = replace(rows[6], images=())
+    rows[7] = replace(rows[7], chosen=" ")
+    # Same words about another image: neither a duplicate nor a contradiction.
+    rows[8] = replace(rows[5].swapped(), id="z", source="pairs:8", images=rows[8].images)
+    audit = audit_rows(rows)
+    assert kinds(audit) == {
+        "unreadable": ("error", 1),
+        "identical": ("error", 1),
+        "unusable": ("error", 2),
+        "duplicate": ("warning", 1),
+        "contradicting": ("warning", 1),
+    }
+    assert audit.finding("identical").examples == ["pairs:1"]
+    assert audit.finding("duplicate").examples == ["pairs:3 repeats pairs:2"]
+    assert audit.finding("contradicting").examples == ["pairs:5 against pairs:4"]
+    first, second = audit.finding("unusable").examples
+    assert first.startswith("pairs:6: the prompt has 1 <image> mark(s) for 0 image(s)")
+    assert second.startswith("pairs:7: chosen is empty")
+
+
+def test_bad_text_rows_of_a_file_are_listed(tmp_path, data_config, encoded):
+    (tmp_path / "0.png").write_bytes(encoded(0))
+    line = {"images": ["0.png"], "prompt": "what ?", "chosen": "x", "rejected": "y"}
+    lines = [
+        line,
+        {**line, "images": []},
+        {**line, "prompt": "<image> what ?", "images": []},
+        {**line, "rejected": "x"},
+    ]
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    audit = check_data(data_config(file))
+    assert kinds(audit) == {"bad_rows": ("error", 2)}
+    assert [example.split(": ")[0] for example in audit.finding("bad_rows").examples] == [f"{file}:3", f"{file}:4"]
+    assert audit.counts["images"] == 1

@@ -233,10 +233,23 @@ def test_threads_keep_the_order_and_pass_errors_on():
 
 @pytest.mark.parametrize(
     ("path", "expected"),
-    [("builtin:synthetic", "synthetic"), ("owner/pairs", "hub"), ("yuvalkirstain/pickapic_v2", "pickapic")],
+    [
+        ("builtin:synthetic", "synthetic"),
+        ("builtin:synthetic_answers", "synthetic_answers"),
+        ("builtin:no_such_thing", "synthetic"),
+        ("builtin:relations_dev", "prompts"),
+        ("owner/pairs", "hub"),
+        ("yuvalkirstain/pickapic_v2", "pickapic"),
+    ],
 )
 def test_format_of_names(path, expected):
     assert detect_format(path) == expected
+
+
+def test_bundled_set_of_files_is_read_like_any_folder(data_config):
+    assert detect_format("builtin:llava-pairs") == "parquet"
+    rows = load_rows(data_config("builtin:llava-pairs", limit=3), seed=0).rows
+    assert all(isinstance(row.chosen, str) and row.images and row.columns["truth"] == row.chosen for row in rows)
 
 
 @pytest.mark.parametrize("path", ["no/such/folder", "/no/such.parquet", "pairs.jsonl", "./a/b"])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mmalign.data.load import load_rows
+from mmalign.synthetic.answer_pairs import answer_pairs
 from mmalign.synthetic.pairs import preference_pairs
 from mmalign.types import DataError
 
@@ -42,3 +43,29 @@ def test_options_reach_the_drawing(data_config):
 def test_bad_options_are_named(path, options, says, data_config):
     with pytest.raises((DataError, ValueError), match=says):
         load_rows(data_config(path, options=options), seed=0)
+
+
+def test_answer_rows_are_the_drawn_pairs(data_config):
+    row_set = load_rows(
+        data_config("builtin:synthetic_answers", options={"num_pairs": 7, "seed": 3, "split": "dev"}), seed=0
+    )
+    drawn = answer_pairs("swapped_attribute", 7, 3, "dev")
+    for row, pair in zip(row_set.rows, drawn, strict=True):
+        assert (row.id, row.prompt, row.chosen, row.rejected) == (pair.id, pair.prompt, pair.chosen, pair.rejected)
+        assert row.columns == {"truth": pair.truth, "wrong": list(pair.wrong)}
+        (image,) = row.images
+        assert np.array_equal(np.asarray(image.open()), pair.image_HWC)
+
+
+@pytest.mark.parametrize(
+    ("format_", "path", "options", "says"),
+    [
+        ("auto", "builtin:synthetic_answers", {"num_pairs": 0}, "num_pairs 0 is out of range"),
+        ("auto", "builtin:synthetic_answers", {"tier": "attributes"}, "has no option 'tier'"),
+        ("synthetic_answers", "builtin:synthetic", {}, "this reader draws 'builtin:synthetic_answers'"),
+    ],
+)
+def test_bad_answer_options_are_named(format_, path, options, says, data_config):
+    config = data_config(path, options=options).model_copy(update={"format": format_})
+    with pytest.raises((DataError, ValueError), match=says):
+        load_rows(config, seed=0)

@@ -26,6 +26,7 @@ class Painter:
     """
 
     device = torch.device("cpu")
+    modality = "image"
     default_guidance_scale = 2.0
     default_num_steps = 4
 

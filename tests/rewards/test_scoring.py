@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from mmalign.reward import RewardError
 from mmalign.scoring import read_items, score_data
@@ -226,3 +227,39 @@ def test_items_are_read_lazily(tmp_path: Path):
     assert [item.id for item in items] == ["0.png", "1.png", "2.png"]
     with pytest.raises(DataError, match="empty"):
         items[0].image.open()
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def answer_lines(out) -> list[dict]:
+    return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
+def test_both_answers_of_a_pair_are_scored():
+    out, console = io.StringIO(), Console(file=io.StringIO())
+    code = score_data("synthetic_answers", "builtin:synthetic_answers", stream=out, limit=6, console=console)
+    lines = answer_lines(out)
+    assert code == 0
+    assert [line["side"] for line in lines] == ["chosen", "rejected"] * 3
+    assert [line["score"] == 1 for line in lines] == [True, False] * 3
+    assert all(line["response"] and "<image>" in line["prompt"] for line in lines)
+    assert "6 of 6 answers scored" in console.file.getvalue()
+    assert "chosen beats rejected in 100.0 % of 3 pairs" in console.file.getvalue()
+
+
+def test_reward_of_images_refuses_answers_and_the_other_way_round(tmp_path):
+    with pytest.raises(RewardError, match=r"scores images, and builtin:synthetic_answers holds answers"):
+        score_data("synthetic_truth", "builtin:synthetic_answers", stream=io.StringIO(), limit=2)
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    with pytest.raises(RewardError, match=r"'synthetic_answers' scores answers, and .* holds images"):
+        score_data("synthetic_answers", tmp_path, stream=io.StringIO())
+
+
+def test_answer_about_a_broken_image_keeps_its_line(tmp_path):
+    (tmp_path / "0.png").write_bytes(b"junk")
+    line = {"images": ["0.png"], "prompt": "what ?", "chosen": "there is a red circle .", "rejected": "no"}
+    (tmp_path / "a.jsonl").write_text(json.dumps({**line, "truth": "there is a red circle ."}))
+    out = io.StringIO()
+    assert score_data("synthetic_answers", tmp_path / "a.jsonl", stream=out) == 1
+    assert all(line["score"] is None and "not an image" in line["error"] for line in answer_lines(out))

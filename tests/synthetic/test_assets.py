@@ -19,7 +19,14 @@ logging.getLogger("xformers").setLevel(logging.ERROR)
 torch = pytest.importorskip("torch")
 
 ASSETS = Path(str(files("mmalign.assets")))
-PIPELINES = {"sdxl-tiny": "StableDiffusionXLPipeline", "sd15-tiny": "StableDiffusionPipeline"}
+PIPELINES = {
+    "sdxl-tiny": "StableDiffusionXLPipeline",
+    "sd15-tiny": "StableDiffusionPipeline",
+    "sd3-tiny": "StableDiffusion3Pipeline",
+}
+# What a stock pipeline has to be told about a folder without T5: that there is none, and how many zero tokens it means.
+LOADING = {"sd3-tiny": {"text_encoder_3": None, "tokenizer_3": None}}
+CALLING = {"sd3-tiny": {"max_sequence_length": 8}}
 RED_CIRCLE = "a large red circle on a white background"
 BLUE_SQUARE = "a small blue square on a black background"
 
@@ -28,13 +35,22 @@ def card(name: str) -> dict:
     return json.loads((ASSETS / name / "card.json").read_text())
 
 
-@pytest.fixture(scope="module", params=PIPELINES)
-def pipe(request: pytest.FixtureRequest):
+def load(name: str):
     import diffusers
 
-    loaded = getattr(diffusers, PIPELINES[request.param]).from_pretrained(ASSETS / request.param)
+    loaded = getattr(diffusers, PIPELINES[name]).from_pretrained(ASSETS / name, **LOADING.get(name, {}))
     loaded.set_progress_bar_config(disable=True)
     return loaded
+
+
+@pytest.fixture(scope="module", params=PIPELINES)
+def name_and_pipe(request: pytest.FixtureRequest):
+    return request.param, load(request.param)
+
+
+@pytest.fixture(scope="module")
+def pipe(name_and_pipe):
+    return name_and_pipe[1]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +70,7 @@ def test_prompt_files_equal_the_specification(tier: scenes.Tier, split: scenes.S
 
 @pytest.mark.parametrize(
     ("name", "limit"),
-    [("sdxl-tiny", 3_000_000), ("sd15-tiny", 3_000_000), ("clip-tiny", 1_500_000), ("aesthetic-tiny", 50_000)],
+    [*((name, 3_000_000) for name in PIPELINES), ("clip-tiny", 1_500_000), ("aesthetic-tiny", 50_000)],
 )
 def test_sizes_cards_and_formats(name: str, limit: int) -> None:
     folder = ASSETS / name
@@ -79,8 +95,9 @@ def test_base_is_recognisable_and_imperfect(name: str) -> None:
     assert heldout["guidance_1"]["all_right"] < share
 
 
-def test_stock_pipeline_draws_what_its_card_says(pipe) -> None:
-    facts = card("sdxl-tiny" if hasattr(pipe, "text_encoder_2") else "sd15-tiny")
+def test_stock_pipeline_draws_what_its_card_says(name_and_pipe) -> None:
+    name, pipe = name_and_pipe
+    facts = card(name)
     texts = list(captions("attributes", "train"))[::4]
     generator = torch.Generator().manual_seed(0)
     images = pipe(
@@ -89,6 +106,7 @@ def test_stock_pipeline_draws_what_its_card_says(pipe) -> None:
         num_inference_steps=10,
         generator=generator,
         output_type="np",
+        **CALLING.get(name, {}),
     ).images
     assert images.shape == (len(texts), 64, 64, 3)
     pixels = (images * 255).round().astype(np.uint8)
@@ -96,18 +114,113 @@ def test_stock_pipeline_draws_what_its_card_says(pipe) -> None:
     swapped = score(pixels, [*texts[7:], *texts[:7]])
     assert asked.accuracy("background") > 0.9
     assert asked.graded.mean() > swapped.graded.mean() + 0.2
+
+
+@pytest.mark.parametrize("name", ["sdxl-tiny", "sd15-tiny"])
+def test_diffusion_scheduler_clips_nothing_and_starts_from_pure_noise(name: str) -> None:
+    config = json.loads((ASSETS / name / "scheduler" / "scheduler_config.json").read_text())
     # One clipped latent value would turn every picture into mush.
-    assert pipe.scheduler.config.clip_sample is False
-    assert pipe.scheduler.config.prediction_type == "v_prediction"
-    assert pipe.scheduler.config.rescale_betas_zero_snr is True
-    assert pipe.scheduler.config.timestep_spacing == "trailing"
+    assert config["clip_sample"] is False
+    assert config["prediction_type"] == "v_prediction"
+    assert config["rescale_betas_zero_snr"] is True
+    assert config["timestep_spacing"] == "trailing"
 
 
-def test_prompts_have_distinct_embeddings(pipe) -> None:
+def test_flow_denoiser_predicts_noise_minus_latent_at_a_thousand_sigma() -> None:
+    pipe = load("sd3-tiny")
+    texts = list(captions("attributes", "train"))[::2]
+    images = render(sample_scenes(texts, np.random.default_rng(4)), 64)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def error(prompts: list[str], sigma: float, timestep: float, sign: float = 1.0) -> float:
+        with torch.no_grad():
+            states, _, pooled, _ = pipe.encode_prompt(
+                prompts, None, None, device="cpu", do_classifier_free_guidance=False, **CALLING["sd3-tiny"]
+            )
+            latent = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+            noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(5))
+            velocity = pipe.transformer(
+                hidden_states=(1 - sigma) * latent + sigma * noise,
+                timestep=torch.full((len(prompts),), timestep),
+                encoder_hidden_states=states,
+                pooled_projections=pooled,
+            ).sample
+        return float((velocity - sign * (noise - latent)).square().mean())
+
+    for sigma in (0.3, 0.5, 0.7, 0.9):
+        right = error(texts, sigma, 1000 * sigma)
+        assert right < 0.7  # zero would give about 2: unit noise less a unit latent
+        assert error(texts, sigma, 1000 * sigma, sign=-1.0) > 4 * right
+        assert error(texts, sigma, sigma) > 1.2 * right
+    # At high noise only the caption says what to draw.
+    assert error([*texts[7:], *texts[:7]], 0.9, 900.0) > 1.2 * error(texts, 0.9, 900.0)
+
+
+def test_flow_schedule_is_shifted_once_in_the_config() -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(ASSETS / "sd3-tiny", subfolder="scheduler")
+    assert scheduler.config.use_dynamic_shifting is False
+    scheduler.set_timesteps(20)
+    # diffusers applies a static shift twice, to its stored bounds and to the steps between; 1 leaves nothing to double.
+    assert scheduler.config.shift == 1.0
+    expected = torch.cat([torch.linspace(1.0, 0.001, 20), torch.zeros(1)])
+    torch.testing.assert_close(scheduler.sigmas, expected)
+
+
+@pytest.fixture(scope="module")
+def objectives():
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    source = Path(__file__).parents[2] / "assets" / "build" / "objectives.py"
+    spec = spec_from_file_location("objectives", source)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_training_targets_are_those_of_the_stock_schedulers(objectives) -> None:
+    generator = torch.Generator().manual_seed(1)
+    latent, noise = torch.randn(2, 6, 4, 8, 8, generator=generator)
+    diffusion = objectives.VPrediction()
+    time = diffusion.draw(6, generator)
+    noisy, target = diffusion.noised(latent, noise, time)
+    torch.testing.assert_close(noisy, diffusion.scheduler().add_noise(latent, noise, time))
+    torch.testing.assert_close(target, diffusion.scheduler().get_velocity(latent, noise, time))
+
+    flow = objectives.RectifiedFlow(shift=3.0, logit_normal=True)
+    scheduler = flow.scheduler()
+    time = scheduler.timesteps[[0, 200, 400, 600, 800, 999]]
+    noisy, target = flow.noised(latent, noise, time)
+    torch.testing.assert_close(noisy, scheduler.scale_noise(latent, time, noise))
+    # A perfect denoiser lands on the latent in one Euler step, whatever the noise level.
+    torch.testing.assert_close(noisy - (time / 1000).view(-1, 1, 1, 1) * target, latent, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("logit_normal", [True, False])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_training_times_have_the_shifted_median(objectives, shift: float, logit_normal: bool) -> None:
+    flow = objectives.RectifiedFlow(shift=shift, logit_normal=logit_normal)
+    sigma = flow.draw(20_000, torch.Generator().manual_seed(2)) / 1000
+    assert 0 < sigma.min() < sigma.max() <= 1
+    assert float(sigma.median()) == pytest.approx(shift * 0.5 / (1 + (shift - 1) * 0.5), abs=0.01)
+
+
+def test_prompts_have_distinct_embeddings(name_and_pipe) -> None:
     """CLIPTextConfig's default eos id pools every prompt alike."""
+    name, pipe = name_and_pipe
+    prompts = [RED_CIRCLE, BLUE_SQUARE, ""]
+    others = {"prompt_2": None, "prompt_3": None} if name == "sd3-tiny" else {}
     with torch.no_grad():
         embeds = pipe.encode_prompt(
-            [RED_CIRCLE, BLUE_SQUARE, ""], device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+            prompts,
+            **others,
+            device="cpu",
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+            **CALLING.get(name, {}),
         )
     for tensor in (embeds[0], embeds[2]) if hasattr(pipe, "text_encoder_2") else (embeds[0],):
         assert (tensor[0] - tensor[1]).abs().mean() > 0.05
@@ -121,10 +234,11 @@ def test_prompts_have_distinct_embeddings(pipe) -> None:
             assert len(ids) <= tokenizer.model_max_length
 
 
-def test_components_share_one_dtype_and_the_file_is_fp16(pipe) -> None:
+def test_components_share_one_dtype_and_the_file_is_fp16(name_and_pipe) -> None:
     from safetensors import safe_open
 
-    folder = ASSETS / ("sdxl-tiny" if hasattr(pipe, "text_encoder_2") else "sd15-tiny")
+    name, pipe = name_and_pipe
+    folder = ASSETS / name
     modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
     assert {p.dtype for m in modules for p in m.parameters()} == {torch.float32}
     for path in folder.rglob("*.safetensors"):
