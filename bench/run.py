@@ -17,6 +17,7 @@ from typing import Any
 import cache
 import diffusers
 import overhead
+import tokens
 import torch
 from side_by_side import chosen_size, chosen_variants, parser, print_results, workplace
 
@@ -63,11 +64,13 @@ def main() -> None:
     known = conditions(size.name)
     with workplace(size) as folder:
         results = overhead.measure(size, folder, variants) + cache.measure(size, folder, variants)
+        of_tokens, remarks = tokens.measure(size, folder) if "lora" in variants else ([], [])
     notes = [] if size.name == "quick" else cache.predictions()
-    print_results(results, ", ".join(f"{key} {value}" for key, value in known.items()), notes)
+    results += of_tokens
+    print_results(results, ", ".join(f"{key} {value}" for key, value in known.items()), notes + remarks)
     if chosen.save is not None:
         lines = [dataclasses.asdict(result) | {"verdict": result.verdict} for result in results]
-        write_json(chosen.save, {"conditions": known, "results": lines, "predictions": notes})
+        write_json(chosen.save, {"conditions": known, "results": lines, "predictions": notes, "remarks": remarks})
 
 
 if __name__ == "__main__":

@@ -156,7 +156,12 @@ def run_config(size: models.Size, folder: Path, *, lora: bool) -> dict[str, Any]
     }
 
 
-def side_by_side(config: dict[str, Any], make_other: Callable[[Session, Any, Any], Any], size: models.Size) -> Timing:
+def side_by_side(
+    config: dict[str, Any],
+    make_other: Callable[[Session, Any, Any], Any],
+    size: models.Size,
+    warm_up_steps: int = WARM_UP_STEPS,
+) -> Timing:
     """Time `train(config)` against another procedure.
 
     Args:
@@ -164,6 +169,7 @@ def side_by_side(config: dict[str, Any], make_other: Callable[[Session, Any, Any
         make_other: called with (session, policy, batches) once these are set up; returns a function that does one
             optimizer step on the same policy and returns its loss.
         size: how often to alternate.
+        warm_up_steps: untimed steps of each side before the first block.
     """
     ours: list[Block] = []
     other: list[Block] = []
@@ -182,7 +188,7 @@ def side_by_side(config: dict[str, Any], make_other: Callable[[Session, Any, Any
             with models.FlopCounterMode(display=False) as counter:
                 yield next(stream)
             counted.extend([counter.get_total_flops(), models.flops(step)])
-            for _ in range(WARM_UP_STEPS):
+            for _ in range(warm_up_steps):
                 yield next(stream)
                 step()
             for _ in range(size.num_pairs):

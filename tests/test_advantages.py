@@ -238,6 +238,14 @@ def test_the_order_in_which_ranks_bring_their_samples_does_not_change_a_bit(comb
         assert same(ours, shuffled, order)
 
 
+def test_sums_are_exact_where_rounding_would_depend_on_the_order():
+    """(1e16 + 1) − 1e16 is 0 in float64 and 1e16 − 1e16 + 1 is 1."""
+    for order in ([0, 1, 2], [0, 2, 1], [1, 2, 0]):
+        rewards = column(1e16, 1.0, -1e16)[order]
+        ours = group_advantages(rewards, [1.0], groups(0, 0, 0), std="none", clip=None)
+        assert ours.value_N[order.index(1)].item() == pytest.approx(2 / 3, rel=1e-6)
+
+
 def test_group_ids_beyond_the_precision_of_a_float_stay_apart():
     ids = groups(2**53, 2**53, 2**53 + 1, 2**53 + 1)
     ours = group_advantages(column(0, 1, 10, 11), [1.0], ids)

@@ -1,6 +1,7 @@
 """Preference rows: readers, images, texts, the feature cache and the audit.
 
     config.data ──load.py──▶ RowSet of Row ──cache.py──▶ encoded once, on disk ──features.py──▶ records for a batch
+                   │                                                         (text_features.py for language models)
                    │                                                         audit.py: `mmalign data check`
                    ├─ a reader per format. Pairs of images: folders.py, jsonl.py, columns.py (Parquet, hub), pickapic.py
                    ├─ pairs of texts: the same jsonl.py and columns.py, preferences.py (TRL, RLHF-V, mDPO)

@@ -35,6 +35,7 @@ from mmalign.evaluation.drawing import (
     draw_score,
     draw_text,
     fit,
+    fitting,
     line_height,
     shorten,
     text_width,
@@ -206,6 +207,8 @@ def _lay_out(text: str, spans: Spans) -> list[list[_Word]]:
     cuts = sorted({position for start, end, _ in spans for position in (start, end)})
     for match in re.finditer(r"\S+", text[:MAX_LETTERS]):
         start, end = match.span()
+        if len(lines) > MAX_LINES:
+            break
         if x and x + space + text_width(match[0], PROMPT_PX) > ANSWER_WIDTH:
             lines.append([])
             x = 0
@@ -238,11 +241,9 @@ def _lay_out(text: str, spans: Spans) -> list[list[_Word]]:
 
 def _fitting(text: str, width: int) -> int:
     """How many letters of `text` fit the width; at least one where a whole line is free."""
-    if text_width(text, PROMPT_PX) <= width:
-        return len(text)
     if width < ANSWER_WIDTH:
-        return 0
-    return next((n for n in range(len(text) - 1, 1, -1) if text_width(text[:n], PROMPT_PX) <= width), 1)
+        return len(text) if text_width(text, PROMPT_PX) <= width else 0
+    return fitting(text, PROMPT_PX, width)
 
 
 def _draw_row(

@@ -67,7 +67,7 @@ def wrap(text: str, size: int, width: int, max_lines: int | None = None) -> list
         if current:
             lines.append(current)
         while text_width(word, size) > width and len(word) > 1:
-            fits = next((n for n in range(len(word) - 1, 1, -1) if text_width(word[:n], size) <= width), 1)
+            fits = fitting(word, size, width)
             lines.append(word[:fits])
             word = word[fits:]
         current = word
@@ -77,14 +77,24 @@ def wrap(text: str, size: int, width: int, max_lines: int | None = None) -> list
     return lines
 
 
+def fitting(text: str, size: int, width: int) -> int:
+    """How many letters of `text` are no wider than `width` pixels; at least 1."""
+    # No letter is narrower than half a pixel: a page of text is not measured to fill a line.
+    low, high = 1, min(len(text), max(1, 2 * width))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if text_width(text[:middle], size) <= width:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 def shorten(text: str, size: int, width: int) -> str:
     if text_width(text, size) <= width:
         return text
-    # Never measure more of an endless prompt than could fit.
-    text = text[: max(1, width)]
-    while text and text_width(text + "…", size) > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
+    kept = text[: fitting(text, size, width - text_width("…", size))]
+    return kept.rstrip() + "…"
 
 
 def line_height(size: int) -> int:

@@ -160,7 +160,9 @@ class DiffusionPolicy:
         # The denoiser is stored in the compute dtype under LoRA; full fine-tuning keeps fp32 masters (see Views).
         dtype = self.dtype if self.config.lora is not None or not self.train else torch.float32
         loader = getattr(diffusers, self.pipeline_class)
-        options |= dict.fromkeys(self.config.without) | self.load_options(found)
+        # A component that was saved as absent has to be passed as absent, or loading asks for it.
+        absent = [name for name, entry in found.items() if isinstance(entry, (list, tuple)) and entry[0] is None]
+        options |= dict.fromkeys([*absent, *self.config.without]) | self.load_options(found)
         return load_or_explain(
             self.config.path,
             lambda: loader.from_pretrained(path, **dtype_argument(dtype), low_cpu_mem_usage=True, **options),

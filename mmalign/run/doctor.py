@@ -212,5 +212,13 @@ def cache_data(source: str, overrides: Sequence[str]) -> None:
     row_set = load_rows(config.data, seed=config.train.seed)
     policy = load_policy(config.model, data=config.data, seed=config.train.seed)
     folder = cache_folder(config.data)
-    report = build_cache(policy, row_set.rows, config.data, FeatureCache(folder), seed=config.train.seed)
+    method = registry.resolve("method", config.method.name)(**config.method.options())
+    report = build_cache(
+        policy,
+        row_set.rows,
+        config.data,
+        FeatureCache(folder),
+        seed=config.train.seed,
+        negatives=method.needs_negative,
+    )
     console.print(f"cache {folder}: {report}", highlight=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -43,9 +43,7 @@ from mmalign.run.signals import Interruption
 from mmalign.run.tracking import Bar, Meter, Tracker, check_finite
 from mmalign.types import Row
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
+AnySession = TypeVar("AnySession", bound="Session")
 logger = logging.getLogger("mmalign")
 MAX_SKIPPED = 50
 SHOWN = ("loss", "implicit_accuracy", "image_accuracy", "reward", "diversity")
@@ -82,7 +80,7 @@ class Session:
         self._reference_idle = False
         self._skipped_in_a_row = 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self: AnySession) -> AnySession:
         quiet_libraries()
         self.accelerator.wait_for_everyone()
         if self.already_finished is not None:
@@ -190,7 +188,9 @@ class Session:
             # With a cache every image has been read: its content counts, not only its name.
             self._data_fingerprint = content_fingerprint(row_set.fingerprint, row_set.rows, cache.digests)
         counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in row_set.counts.items() if value)
-        self.say(f"data: {config.data.path}: {counts}")
+        truncated = len(getattr(policy, "truncated", ()))
+        cut = f", {truncated} responses or histories cut to data.max_length" if truncated else ""
+        self.say(f"data: {config.data.path}: {counts}{cut}")
         return row_set.rows, make_features(
             policy, config.data, cache, seed=seed, rows=row_set.rows, negatives=negatives
         )

@@ -15,9 +15,10 @@ from PIL import Image
 
 from mmalign.config import ModelConfig, NegativeConfig
 from mmalign.data.cache import FeatureCache, build_cache
-from mmalign.data.features import ImageFeatures, TextFeatures, make_features
+from mmalign.data.features import ImageFeatures, make_features
 from mmalign.data.load import check_rows, content_fingerprint, fingerprint, image_problem, load_rows, verify_images
 from mmalign.data.negatives import crop_box
+from mmalign.data.text_features import TextFeatures
 from mmalign.policies.load import load_policy
 from mmalign.randomness import generator
 from mmalign.types import DataError, ImageRef, Row, Turn

@@ -1,4 +1,4 @@
-"""Published coefficient tables, exact identities of the SDEs, parity with diffusers' samplers, and what a replay must notice.
+"""Flow SDEs: published coefficient tables, exact identities, what they leave invariant, log-probs and KL.
 
 Shape legend: B samples, S = N steps (S1 = N + 1 noise levels), C/h/w latents.
 """
@@ -9,38 +9,16 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from mmalign.diffusion import kernels
-from mmalign.diffusion.kernels import Steps, ddim_steps, flow_steps, random_subset, window
-from mmalign.diffusion.schedule import FlowSchedule, Schedule
+from mmalign.diffusion.kernels import Steps, flow_steps
+from mmalign.diffusion.schedule import FlowSchedule
+
+from .samplers import flux_sigmas, randn, sd35_sigmas, shifted
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
-
-
-def sd35_sigmas(num_steps: int = 10) -> Tensor:
-    """What SD3.5 samples with: diffusers' own schedule, its static shift of 3 applied twice."""
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(num_steps)
-    return scheduler.sigmas
-
-
-def shifted(num_steps: int, shift: float = 3.0) -> Tensor:
-    """DanceGRPO's schedule: a shifted line from 1 to 0, float64."""
-    line = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
-    return shift * line / (1 + (shift - 1) * line)
-
-
-def flux_sigmas() -> Tensor:
-    """Six steps of FLUX at 512², 1024 tokens: dynamic shift 0.63."""
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / 6, 6).tolist(), mu=0.63)
-    return scheduler.sigmas
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 # --- coefficients of the flow SDEs ------------------------------------------------------------------------------------
@@ -314,235 +292,7 @@ def test_expected_log_ratio_is_minus_the_kl():
     torch.testing.assert_close((log_ratio[0] + log_ratio[1]) / 2, -kernels.gaussian_kl(new, mean, std_B))
 
 
-# --- DDIM -------------------------------------------------------------------------------------------------------------
-
-
-def ddim(prediction_type: str, **config) -> DDIMScheduler:
-    defaults = {"clip_sample": False, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    return DDIMScheduler(prediction_type=prediction_type, set_alpha_to_one=True, **{**defaults, **config})
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize(
-    ("prediction_type", "config"),
-    [
-        ("epsilon", {"timestep_spacing": "leading", "steps_offset": 1}),
-        ("epsilon", {"timestep_spacing": "trailing"}),
-        ("v_prediction", {"timestep_spacing": "trailing"}),
-        ("v_prediction", {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}),
-        ("sample", {"timestep_spacing": "trailing"}),
-    ],
-)
-def test_ddim_is_the_sampler_of_diffusers(prediction_type: str, config: dict, eta: float):
-    scheduler = ddim(prediction_type, **config)
-    scheduler.set_timesteps(10)
-    # In fp32 its own √(1 − ᾱ' − std²) is off by 1e-3 at zero SNR, where both are .9999.
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
-    steps = ddim_steps(Schedule.from_scheduler(scheduler), scheduler.timesteps, eta=eta)
-    assert steps.is_stochastic_S.tolist() == [eta > 0] * 9 + [False]
-    x = theirs = randn(2, 4, 8, 8, dtype=torch.float64)
-    for i, t in enumerate(scheduler.timesteps):
-        out, noise = (randn(2, 4, 8, 8, seed=2 * i + n, dtype=torch.float64) for n in (1, 2))
-        theirs = scheduler.step(out, t, theirs, eta=eta, variance_noise=noise, return_dict=False)[0]
-        A, B, std = steps.at(i)
-        assert steps.time_S[i] == t
-        x = kernels.sample(kernels.transition(x, out, A, B), std, noise)
-        torch.testing.assert_close(x, theirs, rtol=0, atol=1e-6 * max(theirs.abs().max().item(), 1))
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_ddim_eta_1_is_the_ancestral_posterior_of_ddpm(prediction_type: str):
-    scheduler = DDPMScheduler.from_config(ddim(prediction_type, timestep_spacing="trailing").config)
-    scheduler.set_timesteps(25)
-    steps = ddim_steps(Schedule.from_scheduler(scheduler), scheduler.timesteps, eta=1.0)
-    for i in range(24):
-        x, out = randn(2, 4, 8, 8, seed=i), randn(2, 4, 8, 8, seed=i + 50)
-        theirs = scheduler.step(out, scheduler.timesteps[i], x, generator=torch.Generator().manual_seed(i))
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
-        A, B, std = steps.at(i)
-        ours = kernels.sample(kernels.transition(x, out, A, B), std, noise)
-        torch.testing.assert_close(ours, theirs.prev_sample, rtol=1e-4, atol=1e-4)
-
-
-def test_ddim_steps_of_eps_v_and_x0_networks_that_agree_are_the_same():
-    x0, noise = randn(2, 4, 4, 4, dtype=torch.float64), randn(2, 4, 4, 4, seed=1, dtype=torch.float64)
-    timestep_S = torch.tensor([900, 600, 300, 50])
-    schedules = {
-        kind: Schedule.from_scheduler(ddim(kind)) for kind in ("epsilon", "v_prediction", "sample")
-    }  # fmt: skip
-    for i, t in enumerate(timestep_S.tolist()):
-        means = []
-        for schedule in schedules.values():
-            alpha, sigma = schedule.alpha_T[t].double(), schedule.sigma_T[t].double()
-            x = alpha * x0 + sigma * noise
-            out = {"epsilon": noise, "v_prediction": alpha * noise - sigma * x0, "sample": x0}
-            A, B, _ = ddim_steps(schedule, timestep_S, eta=0.8).at(i)
-            means.append(kernels.transition(x, out[schedule.prediction_type], A, B))
-        torch.testing.assert_close(means[1], means[0], rtol=0, atol=2e-6)
-        torch.testing.assert_close(means[2], means[0], rtol=0, atol=2e-6)
-    # The last transition gives the clean latents themselves.
-    torch.testing.assert_close(means[0], x0, rtol=0, atol=2e-6)
-
-
-def test_ddim_keeps_the_marginals_of_the_forward_process_at_any_eta():
-    """With the exact ε of a known x₀: mean α'·x₀, variance σ'² at every step."""
-    schedule = Schedule.from_scheduler(ddim("epsilon"))
-    timestep_S = torch.arange(980, 0, -20)
-    alpha_S, sigma_S = schedule.alpha_T[timestep_S].double(), schedule.sigma_T[timestep_S].double()
-    for eta in (0.0, 0.3, 1.0):
-        steps = ddim_steps(schedule, timestep_S, eta=eta)
-        variance = sigma_S[0].item() ** 2
-        for i in range(len(steps) - 1):
-            A, B, std = (value.double() for value in steps.at(i))
-            # ε̂ = (x − α x₀)/σ: x' = (A + B/σ) x + …, so the variance goes by that factor.
-            variance = ((A + B / sigma_S[i]) ** 2 * variance + std**2).item()
-            assert variance == pytest.approx(sigma_S[i + 1].item() ** 2, rel=1e-4)
-            # E[x] = α x₀ makes E[ε̂] = 0, so the mean goes by A alone.
-            assert (A * alpha_S[i] / alpha_S[i + 1]).item() == pytest.approx(1, rel=1e-5)
-
-
-def test_ddim_at_zero_terminal_snr():
-    scheduler = ddim("v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
-    scheduler.set_timesteps(10)
-    steps = ddim_steps(Schedule.from_scheduler(scheduler), scheduler.timesteps, eta=1.0)
-    schedule = Schedule.from_scheduler(scheduler)
-    assert scheduler.timesteps[0] == 999
-    assert schedule.alpha_T[999] == 0
-    for values in (steps.A_S, steps.B_S, steps.std_S):
-        assert torch.isfinite(values).all()
-    # From pure noise the ancestral step forgets x: x' = α'·x̂₀ + σ'·z with x̂₀ = −v.
-    assert steps.A_S[0] == pytest.approx(0, abs=1e-6)
-    assert steps.B_S[0] == pytest.approx(-schedule.alpha_T[899].item(), rel=1e-6)
-    assert steps.std_S[0] == pytest.approx(schedule.sigma_T[899].item(), rel=1e-6)
-    epsilon = ddim("epsilon", rescale_betas_zero_snr=True)
-    with pytest.raises(ValueError, match=r"timestep 999 has zero SNR.*v_prediction"):
-        ddim_steps(Schedule.from_scheduler(epsilon), scheduler.timesteps, eta=1.0)
-
-
-# --- replay -----------------------------------------------------------------------------------------------------------
-
-
-class Network(torch.nn.Module):
-    """A small conditional denoiser: enough structure that σ and the prompt matter, fp32."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.layers = torch.nn.ModuleList(
-                [torch.nn.Conv2d(5, 16, 3, padding=1), torch.nn.Conv2d(16, 4, 3, padding=1)]
-            )
-            self.prompt = torch.nn.Embedding(3, 16)
-
-    def forward(self, x: Tensor, time_B: Tensor, prompt_B: Tensor) -> Tensor:
-        time = (time_B / 1000).view(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])
-        hidden = self.layers[0](torch.cat([x, time], 1)) + self.prompt(prompt_B)[:, :, None, None]
-        return self.layers[1](torch.tanh(hidden))
-
-    def guided(self, x: Tensor, time_B: Tensor, prompt_B: Tensor, scale: float) -> Tensor:
-        with_prompt, without = self(x, time_B, prompt_B), self(x, time_B, torch.zeros_like(prompt_B))
-        return without + scale * (with_prompt - without)
-
-
-RUNS = {
-    "flow_sde": lambda: flow_steps(sd35_sigmas(), kernel="flow_sde", level=0.7),
-    "dance_sde": lambda: flow_steps(shifted(10), kernel="dance_sde", level=0.3),
-    "ddim": lambda: ddim_steps(Schedule.from_scheduler(ddim("epsilon")), torch.arange(901, 0, -100), eta=1.0),
-}
-
-
-@pytest.mark.parametrize("run", list(RUNS))
-def test_replay_gives_the_recorded_log_probs_and_notices_every_planted_fault(run: str):
-    steps, network, prompt_B = RUNS[run](), Network(), torch.tensor([1, 2, 1])
-    x = randn(3, 4, 16, 16)
-    record = []
-    with torch.no_grad():
-        for i in range(len(steps)):
-            time_B, (A, B, std) = steps.time_S[i].expand(3), steps.at(i)
-            mean = kernels.transition(x, network.guided(x, time_B, prompt_B, 3.0), A, B)
-            x_next = kernels.sample(mean, std, randn(3, 4, 16, 16, seed=i + 1))
-            if steps.is_stochastic_S[i]:
-                record.append((i, x, x_next, kernels.log_prob(x_next, mean, std)))
-            x = x_next
-    assert len(record) == 9
-
-    def difference(
-        i, x, x_next, old_B, *, shift: int = 0, scale: float = 3.0, cast: torch.dtype | None = None
-    ) -> float:
-        index_B = torch.full((3,), i)
-        A_B, B_B, std_B = steps.at(index_B)
-        out = network.guided(x, steps.time_S[index_B + shift], prompt_B, scale)
-        kept = x_next if cast is None else x_next.to(cast).float()
-        new_B = kernels.log_prob(kept, kernels.transition(x, out, A_B, B_B), std_B)
-        return (new_B - old_B).abs().max().item()
-
-    assert max(difference(*entry) for entry in record) < 1e-6
-    faults = {"wrong σ": {"shift": 1}, "guidance dropped": {"scale": 1.0}, "bf16 latents": {"cast": torch.bfloat16}}
-    for name, fault in faults.items():
-        found = [difference(*entry, **fault) for entry in record]
-        assert max(found) > 1e-5, name
-        assert sorted(found)[len(found) // 2] > 1e-6, name
-
-
-def test_bf16_latents_bias_dance_sde_beyond_its_clip_range():
-    """Rounding x and x' to bf16 shifts every step's log-prob down by more than the 1e-4 that DanceGRPO clips at."""
-    steps = flow_steps(shifted(16), kernel="dance_sde", level=0.3)
-    x, out, noise = (randn(1, 16, 64, 64, seed=seed) for seed in range(3))
-    shift = []
-    for i in range(15):
-        A, B, std = steps.at(i)
-        mean = kernels.transition(x, out, A, B)
-        x_next = kernels.sample(mean, std, noise)
-        rounded = kernels.transition(x.bfloat16(), out, A, B)
-        replayed = kernels.log_prob(x_next.bfloat16(), rounded, std)
-        shift.append((replayed - kernels.log_prob(x_next, mean, std)).item())
-    assert max(shift) < -1e-4
-    assert min(shift) > -3e-3
-
-
-# --- which steps ------------------------------------------------------------------------------------------------------
-
-
-def test_window_is_a_function_of_seed_and_iteration_and_spares_the_last_step():
-    starts = set()
-    for iteration in range(200):
-        chosen_S = window(3, iteration, 10, size=3, low=0, high=5)
-        assert torch.equal(chosen_S, window(3, iteration, 10, size=3, low=0, high=5))
-        where = chosen_S.nonzero().flatten().tolist()
-        assert where == list(range(where[0], where[0] + 3))
-        assert where[-1] < 5
-        starts.add(where[0])
-    assert starts == {0, 1, 2}
-    reached = {int(window(0, i, 6, size=1).nonzero()) for i in range(200)}
-    assert reached == {0, 1, 2, 3, 4}
-    others = [window(4, i, 10, size=3, high=5).tolist() for i in range(50)]
-    assert others != [window(3, i, 10, size=3, high=5).tolist() for i in range(50)]
-
-
-def test_random_subset_belongs_to_the_sample_not_to_its_place():
-    index_BS = random_subset(0, 4, ["a", "b", "c"], 16, fraction=0.6)
-    assert index_BS.shape == (3, 9)
-    assert index_BS.dtype == torch.int64
-    for row in index_BS.tolist():
-        assert len(set(row)) == 9
-        assert set(row) <= set(range(15))
-    turned = random_subset(0, 4, ["c", "a"], 16, fraction=0.6)
-    assert torch.equal(turned, index_BS[[2, 0]])
-    assert not torch.equal(random_subset(0, 5, ["a", "b", "c"], 16, fraction=0.6), index_BS)
-    assert not torch.equal(random_subset(1, 4, ["a", "b", "c"], 16, fraction=0.6), index_BS)
-    assert sorted(random_subset(0, 0, ["a"], 50, fraction=1.0)[0].tolist()) == list(range(49))
-    # 0.29 · 100 is 28.999… in floating point; 29 steps are meant.
-    assert random_subset(0, 0, ["a"], 101, fraction=0.29).shape == (1, 29)
-    assert random_subset(0, 0, [], 16, fraction=0.6).shape == (0, 9)
-
-
-def test_random_subset_reaches_every_step_equally():
-    ids = [str(n) for n in range(3000)]
-    count = torch.bincount(random_subset(0, 0, ids, 11, fraction=0.3).flatten(), minlength=10)
-    assert (count.float() / 3000 - 0.3).abs().max() < 0.04  # 4.8 standard deviations of a share of .3
-
-
-# --- refusals ---------------------------------------------------------------------------------------------------------
+# --- refusals ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -573,43 +323,3 @@ def test_flow_steps_refuse(arguments: dict, message: str):
 def test_flow_steps_refuse_sigmas_that_do_not_fall_from_noise_to_data(sigmas: list):
     with pytest.raises(ValueError, match="sigmas"):
         flow_steps(torch.tensor(sigmas), kernel="ode")
-
-
-@pytest.mark.parametrize(
-    ("timesteps", "eta", "message"),
-    [
-        ([900, 400], 1.1, "eta = 1.1"),
-        ([900, 400], -0.1, "eta = -0.1"),
-        ([900, 400], math.nan, "eta = nan"),
-        ([400, 900], 1.0, "must fall strictly within 0 to 999"),
-        ([1000, 400], 1.0, "must fall strictly within 0 to 999"),
-        ([400, 400], 1.0, "must fall strictly"),
-        ([400, -1], 1.0, "must fall strictly"),
-        ([400.5, 3.0], 1.0, "integer"),
-        ([], 1.0, "at least one integer"),
-    ],
-)
-def test_ddim_steps_refuse(timesteps: list, eta: float, message: str):
-    with pytest.raises(ValueError, match=message):
-        ddim_steps(Schedule.from_scheduler(ddim("epsilon")), torch.tensor(timesteps), eta=eta)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"size": 3, "high": 10}, "low < high <= 9"),
-        ({"size": 3, "low": 5, "high": 5}, "low < high"),
-        ({"size": 6, "low": 0, "high": 5}, "window size 6: must be 1 to 5"),
-        ({"size": 0}, "window size 0"),
-        ({"size": 2, "low": -1}, "0 <= low"),
-    ],
-)
-def test_window_refuses(arguments: dict, message: str):
-    with pytest.raises(ValueError, match=message):
-        window(0, 0, 10, **arguments)
-
-
-@pytest.mark.parametrize("fraction", [0.0, -1.0, 1.5, 0.05, math.nan])
-def test_random_subset_refuses(fraction: float):
-    with pytest.raises(ValueError, match=f"fraction.* {fraction}"):
-        random_subset(0, 0, ["a"], 10, fraction=fraction)

@@ -1,12 +1,13 @@
 """The whole chain on a plane: kernels, group advantages and the surrogate make a flow leave one mode for another.
 
-Shape legend: B samples of a rollout (prompts do not exist: each block of 16 samples is a group), S trained steps, 2 coordinates.
+Shape legend: N = B samples of a rollout on two coordinates, S trained steps. Each block of 16 samples is a group.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from mmalign.advantages import group_advantages
@@ -43,9 +44,7 @@ class Tilted(torch.nn.Module):
         share = torch.softmax(-((x[:, None] - alpha * MODES) ** 2).sum(2) / (2 * variance), 1)
         gain = alpha * SPREAD**2 / variance
         clean = (share[:, :, None] * (MODES + gain * (x[:, None] - alpha * MODES))).sum(1)
-        out = (x - alpha * clean) / sigma
-        if self.schedule is None:
-            out = (x - clean) / sigma
+        out = (x - clean) / sigma if self.schedule is None else (x - alpha * clean) / sigma
         return out + self.correction(torch.cat([x, (time / 1000).expand(len(x), 1)], 1))
 
 
@@ -66,7 +65,7 @@ def rollout(
 
 
 def train(steps: Steps, schedule: Schedule | None, sign: float = 1.0) -> tuple[float, float]:
-    """Mean reward of the first and last ten of 200 updates. The reward wants the right-hand mode."""
+    """Mean reward of the first and last five of 100 rollouts, 200 updates. The reward wants the right-hand mode."""
     model, generator = Tilted(schedule), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     group_N = torch.arange(NUM_SAMPLES) // GROUP
@@ -95,8 +94,6 @@ def train(steps: Steps, schedule: Schedule | None, sign: float = 1.0) -> tuple[f
 
 
 def runs() -> dict[str, tuple[Steps, Schedule | None]]:
-    from diffusers import DDIMScheduler
-
     line = torch.linspace(1, 0, 11, dtype=torch.float64)
     inside = torch.tensor([False, True, True, True] + [False] * 6)
     schedule = Schedule.from_scheduler(DDIMScheduler(clip_sample=False))
@@ -112,14 +109,12 @@ def runs() -> dict[str, tuple[Steps, Schedule | None]]:
 def test_200_updates_raise_the_reward_on_a_mixture(run: str):
     steps, schedule = runs()[run]
     before, after = train(steps, schedule)
-    print(run, before, after)
-    # Half of the samples are in the wrong mode, 3 away; all in the right one would be about −0.4.
+    # Half of the samples are in the wrong mode, 3 away.
     assert before == pytest.approx(-1.7, abs=0.3)
-    assert after > -0.8
+    assert after > -0.5
 
 
 def test_the_reward_with_its_sign_flipped_lowers_it():
     steps, schedule = runs()["flow_sde"]
     before, after = train(steps, schedule, sign=-1.0)
-    print(before, after)
     assert after < before - 0.7

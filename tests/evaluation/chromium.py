@@ -45,6 +45,8 @@ def browse(page: Path, address: str, tmp_path: Path, script: str = "") -> tuple[
             "new KeyboardEvent('keydown', {key, bubbles: true, cancelable: true}));"
             "const cards = () => [...document.querySelectorAll('.card')].map(card => Number(card.dataset.prompt));"
             "const wait = milliseconds => new Promise(done => setTimeout(done, milliseconds));"
+            # Cards are filled when they come near the window, which takes as many frames as the machine is busy.
+            "const until = async met => { for (let n = 0; n < 40 && !met(); n++) await wait(50); };"
             f"(async () => {{ const out = {{}}; await wait(200); {script};"
             "document.body.dataset.out = JSON.stringify(out); })();"
             "</script></body>"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from mmalign.evaluation.differences import num_words, to_utf16, word_differences, word_spans
@@ -40,6 +42,15 @@ def test_without_the_differences_both_sides_are_equal() -> None:
         return [text[a:b] for a, b in word_spans(text) if not any(low <= a and b <= high for low, high in spans)]
 
     assert left(before, gone) == left(after, new) == ["a", "circle", "and", "blue", "square", "crosses"]
+
+
+def test_endless_repetition_is_compared_in_no_time() -> None:
+    before, after = "start " + "red " * 5000 + "end", "begin " + "red " * 4000 + "blue end"
+    started = time.perf_counter()
+    gone, new = word_differences(before, after)
+    assert time.perf_counter() - started < 2
+    assert (gone[0][0], new[0][0]) == (0, 0)
+    assert before[gone[-1][1] :] == after[new[-1][1] :] == " end"
 
 
 def test_javascript_counts_an_emoji_twice() -> None:
