@@ -47,7 +47,9 @@ format: $(STAMP) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## side-by-side benchmarks; they print ratios
+bench: $(STAMP) ## side-by-side benchmarks, one of them against trl; they print ratios
+	@$(BIN)/python -c 'import trl' 2>/dev/null || \
+	  $(BIN)/python -m pip install $(PIP_ARGS) --quiet -c constraints.txt -e '.[dev,bench]'
 	$(BIN)/python bench/run.py $(ARGS)
 
 assets: $(STAMP) ## train the bundled tiny models again (a CPU is enough)

@@ -9,6 +9,7 @@ a function of (seed, iteration): a run killed while it samples, scores or update
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -146,4 +147,5 @@ def rollout_metrics(rewards: Rewards, advantages: Advantages) -> dict[str, Tenso
     }
     for index, (name, mean) in enumerate(zip(rewards.names, stats.reward_K, strict=True)):
         values[f"{'reward' if index < rewards.num_training else 'held_out'}/{name}"] = mean
-    return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+    # A watched reward may have scored nothing, and no group may have two valid samples: nothing to say then.
+    return {name: torch.tensor(v, dtype=torch.float64) for name, v in values.items() if not math.isnan(v)}

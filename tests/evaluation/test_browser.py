@@ -137,3 +137,15 @@ def test_linked_images_load_from_beside_the_page(report: tuple[Report, Path], tm
     finally:
         (folder / "report.html").write_text(original, encoding="utf-8")
     assert out["linked"] == out["loaded"] >= 8
+
+
+def test_without_rewards_the_images_are_there(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red square", encoding="utf-8")
+    evaluate(Painter(), EvaluateConfig(prompts=str(tmp_path / "prompts.txt"), seeds=2), [], tmp_path)
+    script = """
+      out.images = document.querySelectorAll('.card img').length;
+      out.hidden = ['show', 'subs', 'sort', 'reward'].every(id => $(id).hidden);
+      document.querySelector('.shot').click(); out.open = $('box').open;
+    """
+    out, _ = browse(tmp_path / "report.html", "", tmp_path, script)
+    assert out == {"images": 4, "hidden": True, "open": True}

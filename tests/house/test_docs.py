@@ -13,6 +13,7 @@ from PIL import Image
 from mmalign.builtin import builtin_path
 from mmalign.config import DataConfig, load_config
 from mmalign.data.load import load_rows
+from mmalign.data.questions import SCENES
 from mmalign.registry import TABLES
 from mmalign.synthetic.pairs import PAIR_KINDS
 
@@ -73,8 +74,8 @@ def test_commands_and_configs_exist(page: str):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_bundled_models_and_prompts_exist(page: str):
-    """Every `builtin:name` that a page shows is a bundled file or a kind of synthetic pairs."""
-    kinds = set(PAIR_KINDS)
+    """Every `builtin:name` that a page shows is a bundled file, a kind of synthetic pairs or a list of questions."""
+    kinds = set(PAIR_KINDS) | {spec.removeprefix("builtin:") for spec in SCENES}
     for name in set(re.findall(r"\bbuiltin:([a-z][\w-]*)", TEXT[page])) - kinds:
         assert builtin_path(f"builtin:{name}").exists()
 

@@ -1,0 +1,155 @@
+"""kill -9 while an online run samples, scores or updates, on another number of processes too: the same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import mmalign
+from mmalign.run.checkpoint import complete
+
+from .online import FLOW, online_config, write_rewards
+
+STEPS = 6
+
+
+def weights(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step_{step}" / "weights.safetensors")
+
+
+def logged(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def start(config: Path, num_processes: int = 1) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "mmalign", "train", str(config)]
+    if num_processes > 1:
+        options = f"--multi_gpu --num_processes {num_processes} --num_machines 1 --mixed_precision no --dynamo_backend no"
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", *options.split()]
+        command = [*launcher, "-m", "mmalign", "train", str(config)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=config.parent, env=environment
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    return output
+
+
+def wait_until(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if ready():
+            return
+        time.sleep(0.002)
+    pytest.fail(f"the moment did not come: {process.stdout.read() if process.stdout else ''}")
+
+
+def num_lines(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.is_file() else 0
+
+
+def num_calls(folder: Path) -> int:
+    path = folder / "calls.txt"
+    return path.stat().st_size if path.is_file() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["rollout", "reward", "update"])
+def test_killed_in_any_phase_ends_with_the_same_bits(tmp_path: Path, phase: str):
+    """Two updates per rollout; a checkpoint after each iteration; killed in the second iteration."""
+    rewards = write_rewards(tmp_path)
+    whole = online_config(
+        tmp_path,
+        [f"{rewards}:slow_red"],
+        train={"steps": STEPS, "ema": {"decay": 0.9}},
+        checkpoint={"every": 1},
+        output_dir=str(tmp_path / "whole"),
+    )
+    mmalign.train(whole)
+    (tmp_path / "calls.txt").unlink()
+    killed = tmp_path / "killed"
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({**whole, "output_dir": str(killed)}))
+    process = start(config)
+    metrics = killed / "metrics.jsonl"
+    # 4 micro-batches are scored per iteration, 0.4 s each, by one worker; 2 lines are logged per iteration.
+    moments = {
+        "rollout": lambda: num_lines(metrics) == 2,
+        "reward": lambda: num_calls(tmp_path) == 7,
+        "update": lambda: num_lines(metrics) == 3,
+    }
+    wait_until(process, moments[phase])
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [path.name for path in complete(killed / "checkpoints")] == ["step_2"]
+    output = finish(start(config))
+    assert "resumed from" in output
+    first, second = weights(tmp_path / "whole"), weights(killed)
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different, f"{len(different)} of {len(first)} tensors differ, e.g. {different[:3]}"
+    assert [line["step"] for line in logged(killed)] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_and_a_run_moves_between_them(tmp_path: Path):
+    """Flow model, groups that straddle processes, a reward that is NaN for some samples; then 2 -> 1 and 1 -> 2."""
+    rewards = write_rewards(tmp_path)
+    moderate = {"steps": 4, "learning_rate": 1e-4, "epsilon": 1e-3}  # Adam's sign of a tiny gradient is rounding
+    method = {**FLOW["method"], "clip_range": 0.5}  # and a clip that rounding cannot cross
+
+    def config(name: str, steps: int) -> dict:
+        made = online_config(
+            tmp_path,
+            [f"{rewards}:red", {"name": f"{rewards}:moody", "weight": 0.3}],
+            model=FLOW["model"],
+            method=method,
+            train={**moderate, "steps": steps},
+            checkpoint={"every": 2, "keep": 5},
+            output_dir=str(tmp_path / name),
+        )
+        made["model"] = FLOW["model"]
+        return made
+
+    def run(name: str, steps: int, num_processes: int) -> Path:
+        if num_processes == 1:
+            mmalign.train(config(name, steps))
+        else:
+            path = tmp_path / f"{name}.yaml"
+            path.write_text(yaml.safe_dump(config(name, steps)))
+            finish(start(path, num_processes))
+        return tmp_path / name
+
+    one, two = run("one", 4, 1), run("two", 4, 2)
+    for first, second in zip(logged(one), logged(two), strict=True):
+        assert second["invalid_share"] == first["invalid_share"]
+        for name in ("loss", "reward", "grad_norm", "ratio"):
+            assert second[name] == pytest.approx(first[name], rel=1e-5, abs=1e-6), (name, first["step"])
+    assert any(line["invalid_share"] > 0 for line in logged(one)), "no sample was invalid: the test shows less"
+    assert worst(one, two, 4) < 1e-6
+
+    # 2 -> 1 and 1 -> 2, extended from step 4 to step 6 by the other number of processes
+    run("one", 6, 2)
+    run("two", 6, 1)
+    straight = run("straight", 6, 1)
+    assert worst(straight, one, 6) < 1e-6
+    assert worst(straight, two, 6) < 1e-6
+
+
+def worst(first: Path, second: Path, step: int) -> float:
+    a, b = weights(first, step), weights(second, step)
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
