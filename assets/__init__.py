@@ -1,8 +1,9 @@
 """Trained tiny models and prompt lists of the synthetic world, shipped as package data `mmalign.assets`.
 
 One folder per model, in the on-disk format of its real counterpart, each with a README.md (model card) and a
-card.json (the same facts for programs): sdxl-tiny, sd15-tiny, clip-tiny, aesthetic-tiny. `prompts/` holds the
-captions of `mmalign.synthetic.scenes`, one per line, as TIER_SPLIT.txt.
+card.json (the same facts for programs): sdxl-tiny, sd15-tiny, sd3-tiny, llava-tiny, clip-tiny, aesthetic-tiny.
+`llava-pairs/` holds preference pairs made from llava-tiny's own answers, `prompts/` the captions of
+`mmalign.synthetic.scenes`, one per line, as TIER_SPLIT.txt.
 
 `build/` holds the scripts that made all of it; `python assets/build/all.py` makes everything again on a CPU.
 To add a model: write build/NAME.py on top of build/common.py, add it to the list in build/all.py, and let it

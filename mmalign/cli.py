@@ -1,6 +1,6 @@
 """The command line. Every heavy import sits inside its command, so that `--help` answers at once.
 
-`mmalign train CONFIG` goes: this file -> trainers/offline.py -> the method -> mmalign/losses.
+`mmalign train CONFIG` goes: this file -> trainers/offline.py or online.py -> the method -> mmalign/losses.
 """
 
 from __future__ import annotations
@@ -71,14 +71,16 @@ def grid(
     run: Annotated[
         str, typer.Argument(help="Run folder, or a config whose base model to show.", metavar="RUN_OR_CONFIG")
     ],
-    vs: Annotated[
-        list[str] | None, typer.Option(help="Another run, pipeline folder, hub id or LoRA; repeatable.")
+    vs: Annotated[list[str] | None, typer.Option(help="Another run, model folder, hub id or LoRA; repeatable.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Prompt or question file, or builtin:NAME. Default: the run's own.")
     ] = None,
-    prompts: Annotated[str | None, typer.Option(help="Prompt file or builtin:NAME. Default: the run's own.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 4,
+    seeds: Annotated[int, typer.Option(min=1, help="Images or answers per prompt.")] = 4,
     rewards: Annotated[str | None, typer.Option(help="Comma-separated rewards. Default: the run's own.")] = None,
     guidance: Annotated[str | None, typer.Option(help="Comma-separated guidance scales.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="Language models: 0 is greedy.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Language models: longest answer.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N prompts.")] = None,
     out: Annotated[str, typer.Option(help="Folder for grid.png, report.html and report.json.")] = "comparison",
 ) -> None:
@@ -93,6 +95,8 @@ def grid(
         rewards=_split(rewards),
         guidance=[float(value) for value in _split(guidance)],
         num_steps=steps,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
         limit=limit,
         out=Path(out),
     )

@@ -228,11 +228,12 @@ class RewardConfig(BaseModel):
 
 class EvaluateConfig(Section):
     prompts: str | None = None
-    """A text file (one prompt a line), JSONL/TSV with a prompt column, or `builtin:SPLIT`. None: no evaluation."""
+    """A text file (one prompt a line), JSONL/TSV with a prompt column, or `builtin:SPLIT`. Language models: JSONL or
+    Parquet with questions, images and what rewards need to know. None: no evaluation."""
     limit: int | None = Field(None, ge=1)
     """Use only the first N prompts."""
     seeds: int = Field(4, ge=1)
-    """Images per prompt; base and tuned model start from the same noise."""
+    """Images or answers per prompt; base and tuned model draw from the same noise."""
     every: int | None = Field(None, ge=1)
     """Also draw a preview grid every N steps (first prompts, one seed)."""
     preview_prompts: int = Field(4, ge=1)

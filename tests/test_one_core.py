@@ -6,7 +6,6 @@ step-0 value, an unreduced `[B]`, the analytic gradient in the trained weights, 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,7 +37,13 @@ POLICIES = {
 }
 # Moderate settings: β multiplies the rounding of scores, and a numeric gradient should see the loss, not that.
 SETTINGS = {
-    "surrogate": {"dpo": {"beta": 100}, "anchor": {"beta": 100}, "mapo": {"temperature": 100}, "mapo_paper": {}, "sft": {}},
+    "surrogate": {
+        "dpo": {"beta": 100},
+        "anchor": {"beta": 100},
+        "mapo": {"temperature": 100},
+        "mapo_paper": {},
+        "sft": {},
+    },
     "exact": {"dpo": {"beta": 0.5}, "copo": {"beta": 0.5}, "anchor": {"beta": 0.5}, "nll": {}},
 }
 KIND = {"sdxl": "surrogate", "sd3": "surrogate", "llava": "exact"}
@@ -77,9 +82,7 @@ def test_loss_on_policy(loss: str, family: str):
     method = registry.resolve("method", "preference")(**config.method.options())
     rows = load_rows(config.data, seed=0).rows
     features = make_features(policy, config.data, None, seed=0, rows=rows, negatives=method.needs_negative)
-    batches = Batches(
-        rows, features, config.data, seed=0, batch_size=4, accumulate=1, negatives=method.needs_negative
-    )
+    batches = Batches(rows, features, config.data, seed=0, batch_size=4, accumulate=1, negatives=method.needs_negative)
     batch = batches.make(batches.visits(0, 0))
     reference_R = score_reference(policy, method, batch) if method.needs_reference else None
     parameters = [parameter for _, parameter in policy.trainable()]

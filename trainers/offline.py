@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmalign.config import LoadedConfig
 from mmalign.run.folder import RunResult
-from mmalign.run.reference import ReferenceCache, chunked, score_reference
+from mmalign.run.reference import ReferenceCache, chunked, chunks, score_reference
 from mmalign.run.session import Session
 from mmalign.types import Batch, LossPart
 
@@ -86,13 +86,14 @@ def losses(
     part = method.loss(batch, score, reference_R)
     record(meter, part, config.accumulate)
     (gradient_R,) = torch.autograd.grad(part.loss_B.mean(), value_R)
-    for start in range(0, len(requests), chunk):
-        some, gradient = requests[start : start + chunk], gradient_R[start : start + chunk]
+    parts = chunks(requests, chunk)
+    for number, part_of in enumerate(parts):
+        some, gradient = [requests[index] for index in part_of], gradient_R[part_of]
 
         def one(some: Any = some, gradient: Tensor = gradient) -> Tensor:
             return (policy.score(some).value_R * gradient).sum()
 
-        yield one, start + chunk >= len(requests)
+        yield one, number == len(parts) - 1
 
 
 def reference_scores(

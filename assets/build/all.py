@@ -2,7 +2,7 @@
 
     python assets/build/all.py
 
-One thread and about an hour and a half on a laptop CPU. Delete assets/build/.work to start over.
+One thread and about two hours on a laptop CPU. Delete assets/build/.work to start over.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-ORDER = ("prompts", "vae", "clip", "aesthetic", "sdxl", "sd15")
+ORDER = ("prompts", "vae", "clip", "aesthetic", "sdxl", "sd15", "sd3", "llava", "llava_pairs")
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""Training, selection, scoring and export of the tiny latent-diffusion pipelines; sdxl.py and sd15.py call `build`.
+"""Training, selection, scoring and export of the tiny latent pipelines; sdxl.py, sd15.py and sd3.py call `build`.
 
-A family says how its components look and how it turns token ids into UNet conditioning; everything else is one path:
-v-prediction on a zero-terminal-SNR schedule, text encoders trained jointly with the UNet, caption dropout to "",
+A family says how its components look, how it turns token ids into the denoiser's conditioning, and which objective
+it has; everything else is one path: text encoders trained jointly with the denoiser, caption dropout to "",
 moving-average weights. The checkpoint is chosen on the dev captions; the held-out captions are scored once, on the
 exported fp16 folder, through the stock diffusers pipeline.
 
@@ -16,13 +16,16 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import common
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
+from cards import PREVIEW_CARD, card_text
+from diffusers import AutoencoderKL, DiffusionPipeline
+from objectives import Objective
+from parts import CONTEXT_LENGTH
 
 from mmalign.synthetic.render import render
 from mmalign.synthetic.scenes import TIERS, captions, sample_scenes
@@ -30,28 +33,14 @@ from mmalign.synthetic.scorer import Scores, score
 
 GUIDANCE_SCALE = 3.0
 INFERENCE_STEPS = 20
-CONTEXT_LENGTH = 24
 CAPTION_DROPOUT = 0.1
 RELATIONS_SHARE = 0.2
 BATCH_SIZE = 48
 POOL_SIZE = 12000
 EMA_DECAY = 0.998
-UNET_LEARNING_RATE = 2e-3
 TEXT_LEARNING_RATE = 1e-3
 # The base has to be recognisable and wrong often enough for a method to repair; the dev share nearest to this wins.
 TARGET_ALL_RIGHT = 0.60
-SCHEDULER = {
-    "num_train_timesteps": 1000,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "prediction_type": "v_prediction",
-    "rescale_betas_zero_snr": True,
-    "timestep_spacing": "trailing",
-    # The default clips the predicted latent to [-1, 1]: all-right .41 becomes 0 on the same weights.
-    "clip_sample": False,
-    "steps_offset": 1,
-}
 
 
 class Family(Protocol):
@@ -59,14 +48,26 @@ class Family(Protocol):
 
     name: str
     pipeline_class: type[DiffusionPipeline]
+    denoiser: str
+    objective: Objective
+    learning_rate: float
     seed: int
+    # Steps to train, and the length of the learning-rate schedule of which they are the beginning.
     steps: int
+    schedule_steps: int
+    # Arguments that from_pretrained needs, that every call needs, and others to measure beside them, by name on the card.
+    load: ClassVar[dict[str, object]]
+    call: ClassVar[dict[str, object]]
+    variants: ClassVar[dict[str, dict[str, object]]]
+    note: str
 
     def components(self, tokenizer) -> dict[str, torch.nn.Module]:
-        """Freshly initialised trainable modules, "unet" among them."""
+        """Freshly initialised trainable modules, the denoiser among them under its name in the pipeline."""
 
-    def condition(self, modules: dict[str, torch.nn.Module], ids_BT: torch.Tensor, time_ids_B6: torch.Tensor) -> dict:
-        """Keyword arguments of the UNet's forward for these prompts."""
+    def condition(
+        self, modules: dict[str, torch.nn.Module], ids_BT: torch.Tensor, time_ids_B6: torch.Tensor, step: int
+    ) -> dict:
+        """Keyword arguments of the denoiser's forward for these prompts; `step` is for what varies between batches."""
 
     def pipeline(self, modules: dict[str, torch.nn.Module], vae, tokenizer, scheduler) -> DiffusionPipeline:
         """The stock pipeline around these modules."""
@@ -74,7 +75,7 @@ class Family(Protocol):
 
 @dataclass(frozen=True)
 class Pool:
-    """Encoded train renders: posterior means and deviations [P,C,H,W] in UNet units, captions, and time ids [P,6]."""
+    """Encoded train renders: posterior means and deviations [P,C,H,W] in denoiser units, captions, and time ids [P,6]."""
 
     mean_PCHW: torch.Tensor
     std_PCHW: torch.Tensor
@@ -140,11 +141,11 @@ def train(family: Family, steps: int, tokenizer, checkpoint_steps: tuple[int, ..
     parameters = [p for m in modules.values() for p in m.parameters()]
     sizes = {name: sum(p.numel() for p in m.parameters()) for name, m in modules.items()}
     print(f"[{family.name}] parameters {sizes}", flush=True)
-    text_parameters = [p for name, m in modules.items() if name != "unet" for p in m.parameters()]
-    ratio = TEXT_LEARNING_RATE / UNET_LEARNING_RATE
+    text_parameters = [p for name, m in modules.items() if name != family.denoiser for p in m.parameters()]
+    ratio = TEXT_LEARNING_RATE / family.learning_rate
     optimizer = torch.optim.AdamW(
-        [{"params": list(modules["unet"].parameters())}, {"params": text_parameters}],
-        lr=UNET_LEARNING_RATE,
+        [{"params": list(modules[family.denoiser].parameters())}, {"params": text_parameters}],
+        lr=family.learning_rate,
         weight_decay=1e-2,
     )
     vae = load_vae()
@@ -153,34 +154,33 @@ def train(family: Family, steps: int, tokenizer, checkpoint_steps: tuple[int, ..
     print(f"[{family.name}] {POOL_SIZE} renders encoded in {time.process_time() - started:.0f} CPU-s", flush=True)
     ids_PT = tokenize(tokenizer, pool.texts)
     empty_T = tokenize(tokenizer, [""])[0]
-    alpha_bar = DDIMScheduler(**SCHEDULER).alphas_cumprod
     emas = {name: common.Ema(m, EMA_DECAY) for name, m in modules.items()}
     kept = {**modules, **{f"ema_{name}": ema for name, ema in emas.items()}}
     seen = {"loss": 0.0}
     for step in common.training_steps(
         f"{family.name}-train",
-        steps,
+        family.schedule_steps,
         kept,
         optimizer,
-        UNET_LEARNING_RATE,
+        family.learning_rate,
         lambda: f"loss {seen['loss']:.4f}",
         checkpoint_steps=checkpoint_steps,
     ):
+        if step >= steps:
+            break
         optimizer.param_groups[1]["lr"] *= ratio  # training_steps set one rate for both groups
         generator = torch.Generator().manual_seed(family.seed * 1_000_003 + step)
         pick_B = torch.randint(len(pool.texts), (BATCH_SIZE,), generator=generator)
         jitter_BCHW = torch.randn(pool.mean_PCHW[pick_B].shape, generator=generator)
         latent_BCHW = pool.mean_PCHW[pick_B] + pool.std_PCHW[pick_B] * jitter_BCHW
         noise_BCHW = torch.randn(latent_BCHW.shape, generator=generator)
-        t_B = torch.randint(SCHEDULER["num_train_timesteps"], (BATCH_SIZE,), generator=generator)
+        time_B = family.objective.draw(BATCH_SIZE, generator)
         dropped_B = torch.rand(BATCH_SIZE, generator=generator) < CAPTION_DROPOUT
         ids_BT = torch.where(dropped_B[:, None], empty_T, ids_PT[pick_B])
-        alpha_B111 = alpha_bar[t_B].sqrt().view(-1, 1, 1, 1)
-        sigma_B111 = (1 - alpha_bar[t_B]).sqrt().view(-1, 1, 1, 1)
-        noisy_BCHW = alpha_B111 * latent_BCHW + sigma_B111 * noise_BCHW
-        velocity_BCHW = alpha_B111 * noise_BCHW - sigma_B111 * latent_BCHW
-        condition = family.condition(modules, ids_BT, pool.time_ids_P6[pick_B])
-        loss = F.mse_loss(modules["unet"](noisy_BCHW, t_B, **condition).sample, velocity_BCHW)
+        noisy_BCHW, target_BCHW = family.objective.noised(latent_BCHW, noise_BCHW, time_B)
+        condition = family.condition(modules, ids_BT, pool.time_ids_P6[pick_B], step)
+        predicted_BCHW = modules[family.denoiser](noisy_BCHW, timestep=time_B, **condition).sample
+        loss = F.mse_loss(predicted_BCHW, target_BCHW)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -199,14 +199,17 @@ def checkpoint_pipeline(family: Family, tokenizer, checkpoint: str) -> Diffusion
     for name, module in modules.items():
         module.load_state_dict(state["modules"][f"ema_{name}"])
         module.eval()
-    pipe = family.pipeline(modules, load_vae(), tokenizer, DDIMScheduler(**SCHEDULER))
+    pipe = family.pipeline(modules, load_vae(), tokenizer, family.objective.scheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 @torch.no_grad()
-def measure(pipe: DiffusionPipeline, texts: list[str], per_caption: int, guidance: float, seed: int = 0) -> Scores:
+def measure(
+    pipe: DiffusionPipeline, texts: list[str], per_caption: int, guidance: float, call: dict, seed: int = 0
+) -> Scores:
     """Exact scores of `per_caption` images of each text; noise is a function of (seed, text index, image index)."""
+    settings = {"num_inference_steps": INFERENCE_STEPS, **call}
     repeated = [t for t in texts for _ in range(per_caption)]
     images = []
     for start in range(0, len(repeated), 64):
@@ -215,11 +218,11 @@ def measure(pipe: DiffusionPipeline, texts: list[str], per_caption: int, guidanc
         out = pipe(
             batch,
             guidance_scale=guidance,
-            num_inference_steps=INFERENCE_STEPS,
             height=common.SIZE_PX,
             width=common.SIZE_PX,
             generator=generators,
             output_type="np",
+            **settings,
         ).images
         images.append((out * 255.0).round().astype(np.uint8))
     return score(np.concatenate(images), repeated)
@@ -252,9 +255,13 @@ def export(pipe: DiffusionPipeline, family: Family, facts: dict, text: str) -> P
     with common.replaced_folder(target) as folder:
         pipe.to(dtype=torch.float16).save_pretrained(folder)
         # transformers computes in the dtype its config names, diffusers in fp32 unless told: without this a plain
-        # from_pretrained(folder) mixes fp16 text encoders with an fp32 UNet and fails.
-        for config in folder.glob("text_encoder*/config.json"):
-            config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+        # from_pretrained(folder) mixes fp16 text encoders with an fp32 denoiser and fails.
+        for config in folder.glob("*/config.json"):
+            content = json.loads(config.read_text())
+            content.pop("_name_or_path", None)  # a folder of the machine that built it
+            if config.parent.name.startswith("text_encoder"):
+                content["dtype"] = "float32"
+            config.write_text(json.dumps(content, indent=2) + "\n")
         common.forget_padding(folder)
         facts["bytes"] = common.folder_bytes(folder)
         common.write_card(folder, facts, text.format(**facts))
@@ -263,26 +270,35 @@ def export(pipe: DiffusionPipeline, family: Family, facts: dict, text: str) -> P
 
 def load_exported(family: Family) -> DiffusionPipeline:
     """The shipped folder as a user loads it; computes in fp32."""
-    pipe = family.pipeline_class.from_pretrained(common.ASSETS_DIR / family.name)
+    pipe = family.pipeline_class.from_pretrained(common.ASSETS_DIR / family.name, **family.load)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-PREVIEW_CARD = "# {name}\n\nPreview written during training; scores are not measured yet.\n"
+def sampling_facts(family: Family) -> dict:
+    """The part of the card that says how to draw images, known before any score is."""
+    return {
+        "name": family.name,
+        "format": "diffusers",
+        "image_size_px": common.SIZE_PX,
+        "guidance_scale": GUIDANCE_SCALE,
+        "num_inference_steps": INFERENCE_STEPS,
+        **family.call,
+        "unconditional_prompt": "",
+    }
 
 
 def build(family: Family) -> None:
     """Train, choose the checkpoint on dev, export, score the export on held-out once, and write the card."""
     parser = argparse.ArgumentParser(description=f"Train assets/{family.name}.")
-    parser.add_argument("--steps", type=int, default=family.steps)
+    parser.add_argument("--steps", type=int, default=family.steps, help="train so many steps of the schedule")
     parser.add_argument("--preview", metavar="CHECKPOINT", help="export this checkpoint unscored, and stop")
     parser.add_argument("--only-train", action="store_true", help="stop before choosing and exporting")
     arguments = parser.parse_args()
     tokenizer = common.make_tokenizer(CONTEXT_LENGTH)
     if arguments.preview:
         pipe = checkpoint_pipeline(family, tokenizer, arguments.preview)
-        facts = {"name": family.name, "preview": True, "guidance_scale": GUIDANCE_SCALE}
-        print(export(pipe, family, facts | {"num_inference_steps": INFERENCE_STEPS}, PREVIEW_CARD))
+        print(export(pipe, family, sampling_facts(family) | {"preview": True}, PREVIEW_CARD))
         return
     candidates = tuple(sorted({*range(1000, arguments.steps + 1, 500), arguments.steps}))
     train(family, arguments.steps, tokenizer, candidates)
@@ -293,19 +309,18 @@ def build(family: Family) -> None:
     dev_scores = {}
     for step in candidates:
         pipe = checkpoint_pipeline(family, tokenizer, f"{family.name}-train-{step}")
-        dev_scores[step] = round(float(measure(pipe, dev, 4, GUIDANCE_SCALE).all_right.mean()), 4)
+        dev_scores[step] = round(float(measure(pipe, dev, 4, GUIDANCE_SCALE, family.call).all_right.mean()), 4)
         print(f"[{family.name}] dev all-right at step {step}: {dev_scores[step]:.3f}", flush=True)
     chosen = min(candidates, key=lambda step: abs(dev_scores[step] - TARGET_ALL_RIGHT))
-    facts = {
-        "name": family.name,
-        "format": "diffusers",
-        "image_size_px": common.SIZE_PX,
-        "guidance_scale": GUIDANCE_SCALE,
-        "num_inference_steps": INFERENCE_STEPS,
-        "unconditional_prompt": "",
+    facts = sampling_facts(family) | {
         "chosen_step": chosen,
         "total_steps": arguments.steps,
+        "schedule_steps": family.schedule_steps,
         "batch_size": BATCH_SIZE,
+        "num_renders": POOL_SIZE,
+        "caption_dropout": CAPTION_DROPOUT,
+        "ema_decay": EMA_DECAY,
+        "target_all_right": TARGET_ALL_RIGHT,
         "seed": family.seed,
         "dev_all_right_by_step": {str(k): v for k, v in dev_scores.items()},
         "command": f"python assets/build/{family.name.split('-')[0]}.py",
@@ -313,7 +328,7 @@ def build(family: Family) -> None:
     pipe = checkpoint_pipeline(family, tokenizer, f"{family.name}-train-{chosen}")
     export(pipe, family, facts | {"preview": True}, PREVIEW_CARD)
     pipe = load_exported(family)
-    names = ("unet", "vae", "text_encoder", "text_encoder_2")
+    names = (family.denoiser, "vae", "text_encoder", "text_encoder_2")
     facts["parameters"] = {
         n: sum(p.numel() for p in getattr(pipe, n).parameters()) for n in names if getattr(pipe, n, None) is not None
     }
@@ -321,62 +336,17 @@ def build(family: Family) -> None:
     heldout = {tier: list(captions(tier, "heldout")) for tier in TIERS}
     facts["vae_ceiling"] = {tier: vae_ceiling(pipe.vae, tier, "heldout") for tier in heldout}
     facts["heldout"] = {
-        tier: {f"guidance_{g:g}": summary(measure(pipe, texts, 4, g)) for g in (1.0, GUIDANCE_SCALE, 5.0)}
+        tier: {f"guidance_{g:g}": summary(measure(pipe, texts, 4, g, family.call)) for g in (1.0, GUIDANCE_SCALE, 5.0)}
         for tier, texts in heldout.items()
     }
+    if family.variants:
+        facts["heldout_variants"] = {
+            name: {
+                f"guidance_{g:g}": summary(measure(pipe, heldout["attributes"], 4, g, family.call | call))
+                for g in (1.0, GUIDANCE_SCALE)
+            }
+            for name, call in family.variants.items()
+        }
     print(json.dumps(facts, indent=1), flush=True)
     pipe = checkpoint_pipeline(family, tokenizer, f"{family.name}-train-{chosen}")
     export(pipe, family, facts, card_text(family, facts))
-
-
-def card_text(family: Family, facts: dict) -> str:
-    """README.md of a pipeline folder; `{bytes}` is filled in on export."""
-    ceiling = facts["vae_ceiling"]
-    rows = []
-    for tier, by_guidance in facts["heldout"].items():
-        for key, s in by_guidance.items():
-            rows.append(
-                f"| {tier} | {key.removeprefix('guidance_')} | {s['graded']:.3f} | {s['fraction']:.3f} "
-                f"| {s['all_right']:.3f} ± {s['all_right_standard_error']:.3f} |"
-            )
-        c = ceiling[tier]
-        rows.append(f"| {tier} | VAE ceiling | {c['graded']:.3f} | {c['fraction']:.3f} | {c['all_right']:.3f} |")
-    table = "\n".join(rows)
-    sizes = ", ".join(f"{n} {k:,}" for n, k in facts["parameters"].items())
-    dev = ", ".join(f"{k}: {v:.2f}" for k, v in facts["dev_all_right_by_step"].items())
-    class_name = family.pipeline_class.__name__
-    return f"""# {family.name}
-
-A real `{class_name}` at tiny width, trained on the mmalign synthetic world: {facts["image_size_px"]} px images,
-8 x 8 x 4 latents, fp16 on disk, {{bytes:,}} bytes in all. Deliberately imperfect: it often gets a part of its
-caption wrong, which is what preference training is there to repair.
-
-```python
-from diffusers import {class_name}
-
-pipe = {class_name}.from_pretrained("assets/{family.name}")
-prompt = "a large red circle on a white background"
-pipe(prompt, guidance_scale={GUIDANCE_SCALE:g}, num_inference_steps={INFERENCE_STEPS}).images[0]
-```
-
-| | |
-|---|---|
-| data | {POOL_SIZE:,} renders of train captions, one in five of the relations tier; no held-out caption in any part |
-| objective | v-prediction, zero terminal SNR, trailing spacing; text encoders trained jointly |
-| regularisation | caption dropout {CAPTION_DROPOUT} to the empty string, EMA {EMA_DECAY} |
-| steps, batch, seed | {facts["chosen_step"]} of {facts["total_steps"]}, {facts["batch_size"]}, {facts["seed"]} |
-| parameters | {sizes} |
-| command | `python assets/build/vae.py && {facts["command"]}` |
-
-The checkpoint was chosen on the 32 dev captions: all-right share at guidance {GUIDANCE_SCALE:g} nearest to
-{TARGET_ALL_RIGHT}, among {dev}.
-Held-out captions were scored once by the exact scorer (`mmalign.synthetic.scorer`), 4 images each,
-{INFERENCE_STEPS} DDIM steps:
-
-| tier | guidance | graded | fraction | all right |
-|---|---|---|---|---|
-{table}
-
-Unconditional prompt: the empty string (not zeroed embeddings). `vae.config.scaling_factor` is 0.5; the latents' channel
-means and deviations are folded into the VAE's 1 x 1 convolutions. `clip_sample` must stay False.
-"""

@@ -5,11 +5,14 @@ python assets/build/vae.py && python assets/build/sd15.py
 
 from __future__ import annotations
 
-import common
+from typing import ClassVar
+
+import parts
 import pipelines
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from sdxl import TEXT_WIDTH, text_config
+from diffusers import StableDiffusionPipeline
+from objectives import VPrediction
+from parts import TEXT_WIDTH, text_config
 from transformers import CLIPTextModel
 
 
@@ -18,23 +21,21 @@ class Sd15Tiny:
 
     name = "sd15-tiny"
     pipeline_class = StableDiffusionPipeline
+    denoiser = "unet"
+    objective = VPrediction()
+    learning_rate = 2e-3
     seed = 41
-    steps = 5000
+    steps = schedule_steps = 5000
+    load: ClassVar[dict[str, object]] = {}
+    call: ClassVar[dict[str, object]] = {}
+    variants: ClassVar[dict[str, dict[str, object]]] = {}
+    note = ""
 
     def components(self, tokenizer) -> dict[str, torch.nn.Module]:
-        unet = UNet2DConditionModel(
-            sample_size=common.SIZE_PX // 8,
-            block_out_channels=(32, 56),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            attention_head_dim=(2, 4),
-            cross_attention_dim=TEXT_WIDTH,
-            norm_num_groups=8,
-        )
+        unet = parts.unet(cross_attention_dim=TEXT_WIDTH)
         return {"unet": unet, "text_encoder": CLIPTextModel(text_config(tokenizer))}
 
-    def condition(self, modules, ids_BT: torch.Tensor, time_ids_B6: torch.Tensor) -> dict:
+    def condition(self, modules, ids_BT: torch.Tensor, time_ids_B6: torch.Tensor, step: int) -> dict:
         return {"encoder_hidden_states": modules["text_encoder"](ids_BT).last_hidden_state}
 
     def pipeline(self, modules, vae, tokenizer, scheduler) -> StableDiffusionPipeline:

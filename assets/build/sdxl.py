@@ -5,30 +5,17 @@ python assets/build/vae.py && python assets/build/sdxl.py
 
 from __future__ import annotations
 
-import common
+from typing import ClassVar
+
+import parts
 import pipelines
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from diffusers import StableDiffusionXLPipeline
+from objectives import VPrediction
+from parts import TEXT_WIDTH, text_config
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-TEXT_WIDTH = 64
 TIME_WIDTH = 8
-
-
-def text_config(tokenizer) -> CLIPTextConfig:
-    # Without the tokenizer's ids the pooled embedding is read at id 49407, which never occurs: all prompts pool alike.
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=2 * TEXT_WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        projection_dim=TEXT_WIDTH,
-        max_position_embeddings=pipelines.CONTEXT_LENGTH,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
 
 
 class SdxlTiny:
@@ -36,19 +23,19 @@ class SdxlTiny:
 
     name = "sdxl-tiny"
     pipeline_class = StableDiffusionXLPipeline
+    denoiser = "unet"
+    objective = VPrediction()
+    learning_rate = 2e-3
     seed = 31
-    steps = 5000
+    steps = schedule_steps = 5000
+    load: ClassVar[dict[str, object]] = {}
+    call: ClassVar[dict[str, object]] = {}
+    variants: ClassVar[dict[str, dict[str, object]]] = {}
+    note = ""
 
     def components(self, tokenizer) -> dict[str, torch.nn.Module]:
-        unet = UNet2DConditionModel(
-            sample_size=common.SIZE_PX // 8,
-            block_out_channels=(32, 56),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            attention_head_dim=(2, 4),
+        unet = parts.unet(
             cross_attention_dim=2 * TEXT_WIDTH,
-            norm_num_groups=8,
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=TIME_WIDTH,
@@ -60,7 +47,7 @@ class SdxlTiny:
             "text_encoder_2": CLIPTextModelWithProjection(text_config(tokenizer)),
         }
 
-    def condition(self, modules, ids_BT: torch.Tensor, time_ids_B6: torch.Tensor) -> dict:
+    def condition(self, modules, ids_BT: torch.Tensor, time_ids_B6: torch.Tensor, step: int) -> dict:
         first = modules["text_encoder"](ids_BT, output_hidden_states=True)
         second = modules["text_encoder_2"](ids_BT, output_hidden_states=True)
         states_BTD = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)

@@ -6,7 +6,7 @@ Loss = weighted L1 + MSE + 4 * L1 of 8 x 8 average-pooled residuals + KL. Withou
 a thousand steps late; without the weight on object pixels the shape of small objects stays a rounded blob.
 Two phases: encoder and decoder together; then, with the encoder frozen and its latents normalised, the decoder alone.
 The pipelines can start on the latents after the first phase, the second only sharpens what they are decoded to.
-Leaves .work/vae (save_pretrained, fp32, with its scaling_factor) for sdxl.py and sd15.py.
+Leaves .work/vae (save_pretrained, fp32, with its scaling_factor) for sdxl.py, sd15.py and sd3.py.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ from mmalign.data.audit import check_data as audit_data
 from mmalign.data.batches import Batches
 from mmalign.data.cache import FeatureCache, build_cache, cache_folder
 from mmalign.data.features import make_features
+from mmalign.data.groups import Groups
 from mmalign.data.load import load_rows
 from mmalign.policies.load import default_device, load_policy
 from mmalign.run.atomic import write_text
 from mmalign.run.environment import quiet_libraries
-from mmalign.run.preflight import PreflightError, probe
+from mmalign.run.preflight import PreflightError, probe, probe_rollout
 from mmalign.run.reference import score_reference
+from mmalign.types import Row
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "xformers")
 GIB = 2**30
@@ -75,7 +77,7 @@ def examine_config(config: Config, console: Console) -> tuple[dict[str, Any], li
     """Golden numbers on the config's own first batch, memory by part, data audit."""
     problems: list[str] = []
     policy = load_policy(config.model, data=config.data, seed=config.train.seed)
-    audit = audit_data(config.data, resolution=policy.resolution)
+    audit = audit_data(config.data, resolution=getattr(policy, "resolution", None))
     problems += [f"data: {f.count} rows {f.meaning}" for f in audit.findings if f.severity == "error"]
     row_set = load_rows(config.data, seed=config.train.seed)
     method = registry.resolve("method", config.method.name)(**config.method.options())
@@ -83,36 +85,71 @@ def examine_config(config: Config, console: Console) -> tuple[dict[str, Any], li
     features = make_features(
         policy, config.data, None, seed=config.train.seed, rows=row_set.rows, negatives=method.needs_negative
     )
-    batches = Batches(
-        row_set.rows,
-        features,
-        config.data,
-        seed=config.train.seed,
-        batch_size=min(config.train.batch_size, len(row_set.rows)),
-        accumulate=1,
-        num_draws=config.train.num_draws,
-        negatives=method.needs_negative,
-    )
-    batch = batches.make(batches.visits(0, 0))
+    examine = examine_rollout if method.loop == "online" else examine_scores
     golden: list[str] = []
     try:
-        chunk = config.train.score_chunk
-        reference_R = score_reference(policy, method, batch, chunk) if method.needs_reference else None
-        golden = probe(policy, method, batch, reference_R, dtype=config.model.dtype, cached=False, chunk=chunk).lines()
+        golden, forward = examine(config, policy, method, row_set.rows, features)
+        memory = memory_estimate(config, policy, method, forward)
     except PreflightError as error:
         problems.append(f"golden numbers: {error}")
-    memory = memory_estimate(config, policy, method, batch)
+        memory = {}
     found = {
         "policy": {"family": config.model.family, "path": config.model.path, "attention": policy.attention},
         "golden": golden,
         "memory": memory,
         "data": json.loads(audit.to_json()),
-        "effective_batch": config.train.batch_size * config.train.accumulate,
+        "effective_batch": method.group_size * method.prompts_per_rollout // method.updates_per_rollout
+        if method.loop == "online"
+        else config.train.batch_size * config.train.accumulate,
     }
     return found, problems
 
 
-def memory_estimate(config: Config, policy: Any, method: Any, batch: Any) -> dict[str, dict[str, float]]:
+def examine_scores(
+    config: Config, policy: Any, method: Any, rows: Sequence[Row], features: Any
+) -> tuple[list[str], Callable[[], Any]]:
+    """What the preflight of a run on fixed data says, and its training forward."""
+    batches = Batches(
+        rows,
+        features,
+        config.data,
+        seed=config.train.seed,
+        batch_size=min(config.train.batch_size, len(rows)),
+        accumulate=1,
+        num_draws=config.train.num_draws,
+        negatives=method.needs_negative,
+    )
+    batch = batches.make(batches.visits(0, 0))
+    chunk = config.train.score_chunk
+    reference_R = score_reference(policy, method, batch, chunk) if method.needs_reference else None
+    found = probe(policy, method, batch, reference_R, dtype=config.model.dtype, cached=False, chunk=chunk)
+    requests = method.requests(batch)[:chunk]
+    return found.lines(), lambda: policy.score(requests)
+
+
+def examine_rollout(
+    config: Config, policy: Any, method: Any, rows: Sequence[Row], features: Any
+) -> tuple[list[str], Callable[[], Any]]:
+    """What the preflight of an online run says, and its training forward."""
+    groups = Groups(
+        rows,
+        features,
+        seed=config.train.seed,
+        group_size=method.group_size,
+        prompts_per_rollout=method.prompts_per_rollout,
+        updates_per_rollout=method.updates_per_rollout,
+        batch_size=config.train.batch_size,
+        shared_noise=method.shared_noise,
+    )
+    trajectory = method.rollout(policy, groups, groups.mine(0)[0][0], 0)
+    lines = probe_rollout(policy, trajectory, dtype=config.model.dtype)
+    replay = policy.replayer(trajectory)
+    return lines, lambda: replay(0)
+
+
+def memory_estimate(
+    config: Config, policy: Any, method: Any, forward: Callable[[], Any]
+) -> dict[str, dict[str, float]]:
     """Parameters and bytes by part, counted on the loaded model; activations as autograd really saves them.
 
     Left out: allocator overhead, kernels' workspaces, and the transient peak inside one checkpointed block.
@@ -135,8 +172,7 @@ def memory_estimate(config: Config, policy: Any, method: Any, batch: Any) -> dic
         with policy.view("reference"):
             copy = [p for module in policy.modules().values() for p in module.parameters() if id(p) not in loaded]
         parts["reference copy"] = _part(copy)
-    requests = method.requests(batch)[: config.train.score_chunk]
-    parts["activations"] = {"parameters": 0, "bytes": float(saved_bytes(policy, requests))}
+    parts["activations"] = {"parameters": 0, "bytes": float(saved_bytes(policy, forward))}
     parts["total"] = {
         "parameters": sum(part["parameters"] for part in parts.values()),
         "bytes": sum(part["bytes"] for part in parts.values()),
@@ -144,7 +180,7 @@ def memory_estimate(config: Config, policy: Any, method: Any, batch: Any) -> dic
     return parts
 
 
-def saved_bytes(policy: Any, requests: Sequence[Any]) -> int:
+def saved_bytes(policy: Any, forward: Callable[[], Any]) -> int:
     """Bytes of distinct storages that one forward keeps for its backward, weights excluded."""
     weights = {p.untyped_storage().data_ptr() for module in policy.modules().values() for p in module.parameters()}
     seen: dict[int, int] = {}
@@ -156,7 +192,7 @@ def saved_bytes(policy: Any, requests: Sequence[Any]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        policy.score(requests)
+        forward()
     return sum(seen.values())
 
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from mmalign.policies.rollouts import Trajectory
-from mmalign.run.reference import chunked
-from mmalign.types import Batch
+from mmalign.run.reference import chunked, chunks
+from mmalign.types import Batch, ScoreKind
 
 # Rounding of one score relative to its size: same kernel and batch shape, or another shape (a cached reference).
 SCORE_ROUNDING = {"fp32": 3e-6, "bf16": 2e-2, "fp16": 3e-3}
 SAME_SHAPE_TOLERANCE = 1e-6
+UNIT: dict[ScoreKind, str] = {"surrogate": "½ · mean squared error", "exact": "summed nats"}
 # Of a mean log-prob: rollout and replay are the same computation at the same shape.
 REPLAY_TOLERANCE = {"fp32": 1e-6, "bf16": 1e-5, "fp16": 1e-5}
 
@@ -35,6 +36,7 @@ class Preflight:
     tolerance: float
     implicit_accuracy: float | None
     score_gradient: float
+    kind: ScoreKind
     num_tensors: int
     num_zero_gradients: int
     metrics: tuple[str, ...]
@@ -44,10 +46,8 @@ class Preflight:
         accuracy = "" if self.implicit_accuracy is None else f", implicit accuracy {self.implicit_accuracy:.2f}"
         return [
             f"step-0 loss {self.loss:.6f} (golden {golden}){accuracy}",
-            f"gradient factor mean |∂loss/∂score| = {self.score_gradient:.4g} per unit of score "
-            f"(½ · mean squared error for diffusion)",
-            f"gradients reach {self.num_tensors - self.num_zero_gradients} of {self.num_tensors} trained tensors"
-            + (" (LoRA A factors start at zero gradient because B = 0)" if self.num_zero_gradients else ""),
+            f"gradient factor mean |∂loss/∂score| = {self.score_gradient:.4g} per unit of score ({UNIT[self.kind]})",
+            reach_line(self.num_tensors, self.num_zero_gradients),
         ]
 
 
@@ -88,9 +88,8 @@ def probe(
             f"before training. A stale reference cache, a wrong adapter below model.adapters, or non-deterministic kernels"
         )
     accuracy = part.metrics.get("implicit_accuracy") if reference_R is not None else None
-    size = chunk or len(requests)
-    for start in range(0, len(requests), size):
-        (policy.score(requests[start : start + size]).value_R * gradient_R[start : start + size]).sum().backward()
+    for some in chunks(requests, chunk):
+        (policy.score([requests[index] for index in some]).value_R * gradient_R[some]).sum().backward()
     num_tensors, num_zero = gradient_reach(policy)
     return Preflight(
         loss=seen,
@@ -98,10 +97,16 @@ def probe(
         tolerance=tolerance,
         implicit_accuracy=None if accuracy is None else float(accuracy.mean()),
         score_gradient=float(gradient_R.abs().mean()) * len(batch),
+        kind=score.kind,
         num_tensors=num_tensors,
         num_zero_gradients=num_zero,
         metrics=("loss", *part.metrics, "grad_norm"),
     )
+
+
+def reach_line(num_tensors: int, num_zero: int) -> str:
+    zero = f"; {num_zero} are zero at first, as LoRA's A factors are while B = 0" if num_zero else ""
+    return f"gradients reach {num_tensors - num_zero} of {num_tensors} trained tensors{zero}"
 
 
 def gradient_reach(policy: Any) -> tuple[int, int]:
@@ -149,8 +154,7 @@ def probe_rollout(policy: Any, trajectory: Trajectory, *, dtype: str) -> list[st
     num_tensors, num_zero = gradient_reach(policy)
     return [
         f"replay of the rollout: log-probs differ by at most {worst:.1e} per element (allowed {tolerance:.0e}), ratio 1",
-        f"gradients reach {num_tensors - num_zero} of {num_tensors} trained tensors"
-        + (" (LoRA A factors start at zero gradient because B = 0)" if num_zero else ""),
+        reach_line(num_tensors, num_zero),
     ]
 
 

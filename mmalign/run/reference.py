@@ -93,17 +93,34 @@ def score_reference(policy: Any, method: Any, batch: Batch, chunk: int | None = 
 
 def chunked(policy: Any, requests: Sequence[Request], chunk: int | None) -> Score:
     """Score at most `chunk` requests per forward."""
-    size = chunk or len(requests)
-    scores = [policy.score(requests[start : start + size]) for start in range(0, len(requests), size)]
+    parts = chunks(requests, chunk)
+    scores = [policy.score([requests[index] for index in part]) for part in parts]
     if len(scores) == 1:
         return scores[0]
+    order = torch.tensor([index for part in parts for index in part]).argsort()
+
+    def join(values: list[Tensor]) -> Tensor:
+        joined = torch.cat(values)
+        return joined[order.to(joined.device)]
+
     lengths = [score.num_tokens_R for score in scores if score.num_tokens_R is not None]
     return Score(
-        value_R=torch.cat([score.value_R for score in scores]),
-        per_draw_RK=torch.cat([score.per_draw_RK for score in scores]),
+        value_R=join([score.value_R for score in scores]),
+        per_draw_RK=join([score.per_draw_RK for score in scores]),
         kind=scores[0].kind,
-        num_tokens_R=torch.cat(lengths) if lengths else None,
+        num_tokens_R=join(lengths) if lengths else None,
     )
+
+
+def chunks(requests: Sequence[Request], chunk: int | None) -> list[list[int]]:
+    """Indices of `requests`, at most `chunk` together. Requests on one context stay neighbours: a language model shares it."""
+    if chunk is None or chunk >= len(requests):
+        return [list(range(len(requests)))]
+    first: dict[int, int] = {}
+    for index, request in enumerate(requests):
+        first.setdefault(id(request.context), index)
+    order = sorted(range(len(requests)), key=lambda index: (first[id(requests[index].context)], index))
+    return [order[start : start + chunk] for start in range(0, len(order), chunk)]
 
 
 def cache_fingerprint(**parts: Any) -> str:

@@ -1,10 +1,11 @@
-"""The learning matrix: every recipe on every seed, judged by the exact scorer on prompts no training saw.
+"""The learning matrix: every recipe on every seed, judged by the exact scorer on prompts or scenes no training saw.
 
     python tests/learning/matrix.py --split heldout --seeds 0 1 2 --save     # what `make test-learning` runs
     python tests/learning/matrix.py --split dev --only dpo_full --seeds 0 --set train.learning_rate=1e-4
 
 Settings are chosen on the dev split; held-out is scored once. Headline: graded win rate (mean soft sub-score, ties ½);
-beside it the win rate on the number of right attributes and the share of images with all attributes right.
+beside it the win rate on the number of right attributes and the share of images with all attributes right. Language
+models: see answers.py.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ import numpy as np
 import mmalign
 from mmalign.evaluation.statistics import seed_matrix, wins
 
+if str(Path(__file__).parent) not in sys.path:
+    sys.path.insert(0, str(Path(__file__).parent))
+import answers  # noqa: E402  (a script beside this one)
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.json")
 MEASURES = ("graded", "fraction", "all_right")
@@ -31,11 +36,20 @@ MEASURES = ("graded", "fraction", "all_right")
 
 @dataclass(frozen=True)
 class Recipe:
-    """A shipped config, changed by overrides; `claim` says what its graded win rate must show."""
+    """A shipped config, changed by overrides; `claim` says what its graded win rate, or its hallucination, must show."""
 
     config: str
     overrides: tuple[str, ...] = ()
     claim: str = ""
+
+    @property
+    def answers(self) -> bool:
+        return self.config.startswith("synthetic/llava")
+
+    @property
+    def draws_pairs(self) -> bool:
+        """Whether the training pairs are drawn anew for each seed; else seeds change order, draws and initialisation."""
+        return not self.answers and "grpo" not in self.config
 
 
 RECIPES = {
@@ -51,6 +65,20 @@ RECIPES = {
     "mapo_lora": Recipe("synthetic/sdxl_mapo_lora.yaml", (), "better"),
     # The winner term alone, on the same rows and settings as mapo_full: what the margin adds is the difference.
     "sft_full": Recipe("synthetic/sdxl_mapo_full.yaml", ("method.preset=sft",), "control"),
+    "flow_dpo_full": Recipe("synthetic/sd3_flow_dpo_full.yaml", (), "better"),
+    "flow_dpo_full_swapped": Recipe("synthetic/sd3_flow_dpo_full.yaml", ("data.swap=true",), "worse"),
+    "flow_dpo_lora": Recipe("synthetic/sd3_flow_dpo_lora.yaml", (), "better"),
+    "flow_mapo_full": Recipe("synthetic/sd3_mapo_full.yaml", (), "better"),
+    "flow_mapo_full_swapped": Recipe("synthetic/sd3_mapo_full.yaml", ("data.swap=true",), "worse"),
+    "grpo_full": Recipe("synthetic/sdxl_dance_grpo_full.yaml", (), "better"),
+    "grpo_full_flipped": Recipe(
+        "synthetic/sdxl_dance_grpo_full.yaml", ("rewards=[{name: synthetic_truth, weight: -1}]",), "worse"
+    ),
+    "flow_grpo_full": Recipe("synthetic/sd3_flow_grpo_full.yaml", (), "reported"),
+    "llava_dpo": Recipe("synthetic/llava_dpo_lora.yaml", (), "hallucinates less"),
+    "llava_mdpo": Recipe("synthetic/llava_mdpo_lora.yaml", (), "hallucinates less"),
+    "llava_dpo_blind": Recipe("synthetic/llava_dpo_lora.yaml", ("data.blind=true",), "as the base"),
+    "llava_nll": Recipe("synthetic/llava_dpo_lora.yaml", ("method.preset=nll", "data.cache_reference=0"), "control"),
 }
 
 
@@ -59,8 +87,8 @@ def train(recipe: Recipe, *, seed: int, split: str, folder: Path, extra: tuple[s
     overrides = [
         *recipe.overrides,
         f"train.seed={seed}",
-        f"data.options.seed={seed}",
-        f"evaluate.prompts=builtin:attributes_{split}",
+        *([f"data.options.seed={seed}"] if recipe.draws_pairs else []),
+        f"evaluate.prompts=builtin:{'scenes' if recipe.answers else 'attributes'}_{split}",
         "evaluate.held_out=[]",
         "checkpoint.every=null",
         "run.tracker=none",
@@ -106,7 +134,7 @@ def summarise(runs: list[Path]) -> dict[str, Any]:
         }
     steps = [json.loads((run / "summary.json").read_text())["steps"] for run in runs]
     last = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]) for run in runs]
-    watched = ("chosen_error_delta", "implicit_accuracy")
+    watched = ("chosen_error_delta", "implicit_accuracy", "reward", "diversity")
     table["steps"] = steps
     table["last_metrics"] = [{name: metrics[name] for name in watched if name in metrics} for metrics in last]
     return table
@@ -162,8 +190,14 @@ def main(arguments: list[str] | None = None) -> int:
             )
             for seed in options.seeds
         ]
-        results[name] = {"claim": RECIPES[name].claim, **summarise(runs[name])}
-        show(name, {key: value for key, value in results[name].items() if key != "claim"})
+        if RECIPES[name].answers:
+            table = answers.summarise(runs[name])
+            table["image_accuracy"] = answers.image_accuracy(runs[name], options.split)
+            answers.show(name, table)
+        else:
+            table = summarise(runs[name])
+            show(name, table)
+        results[name] = {"claim": RECIPES[name].claim, **table}
     if {"mapo_full", "sft_full"} <= runs.keys():
         scales = sorted({guidance for _, guidance in scores(runs["mapo_full"][0])})
         results["mapo_minus_sft"] = {

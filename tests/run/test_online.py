@@ -86,7 +86,9 @@ def stepping(request):
     policy = load_policy(config.model, device="cpu")
     kernel = {"kernel": "ddim", "level": 1.0} if request.param == "diffusion" else {"kernel": "flow_sde", "level": 0.7}
     steps = policy.rollout_steps(**kernel, num_steps=6)
-    contexts = policy.encode_prompts(["a large red circle on a white background", "a small blue cross on a gray background"])
+    contexts = policy.encode_prompts(
+        ["a large red circle on a white background", "a small blue cross on a gray background"]
+    )
     keys = [DrawKey(0, "row", 0), DrawKey(0, "row", 1)]
     index_BS = torch.tensor([[0, 2, 4], [3, 1, 0]])
     trajectory = policy.rollout(
@@ -112,7 +114,7 @@ def test_planted_fault_in_the_update_path_is_caught(stepping, fault):
     """A wrong σ, guidance left out, or latents kept in bf16: each moves log-probs by more than the allowed 1e-6."""
     import dataclasses
 
-    policy, trajectory, steps = stepping
+    policy, trajectory, _ = stepping
     if fault == "sigma":
         shifted = dataclasses.replace(trajectory.steps, std_S=trajectory.steps.std_S * 1.001)
         wrong = dataclasses.replace(trajectory, steps=shifted)
@@ -155,7 +157,7 @@ def test_rollout_at_level_zero_is_the_stock_sampler(stepping):
 
 def test_group_noise_is_shared_or_not():
     rows = [Row(id=f"r{i}", prompt=f"prompt {i}", source=f"f:{i}") for i in range(5)]
-    settings = dict(seed=0, group_size=4, prompts_per_rollout=2, updates_per_rollout=2, batch_size=2)
+    settings = {"seed": 0, "group_size": 4, "prompts_per_rollout": 2, "updates_per_rollout": 2, "batch_size": 2}
     shared = Groups(rows, None, **settings, shared_noise=True).samples(3)
     assert len({sample.first_key for sample in shared}) == 2
     own = Groups(rows, None, **settings, shared_noise=False).samples(3)
@@ -165,14 +167,15 @@ def test_group_noise_is_shared_or_not():
 
 def test_two_processes_draw_and_train_what_one_does():
     rows = [Row(id=f"r{i}", prompt=f"prompt {i}", source=f"f:{i}") for i in range(5)]
-    settings = dict(seed=0, group_size=4, prompts_per_rollout=4, updates_per_rollout=2, batch_size=2, shared_noise=False)
+    settings = {"seed": 0, "group_size": 4, "prompts_per_rollout": 4, "updates_per_rollout": 2, "batch_size": 2}
+    settings["shared_noise"] = False
     one = Groups(rows, None, **settings).mine(1)
     two = [Groups(rows, None, **settings, rank=rank, world_size=2).mine(1) for rank in (0, 1)]
     for update in (0, 1):
         dealt = [micro for rank in two for micro in rank[update]]
         key = lambda micro: [sample.index for sample in micro]  # noqa: E731
         assert sorted(map(key, one[update])) == sorted(map(key, dealt))
-        straddling = {sample.group for sample in sum(two[0][update], [])} & {s.group for s in sum(two[1][update], [])}
+        straddling = set.intersection(*({s.group for micro in rank[update] for s in micro} for rank in two))
         assert straddling, "no group straddles the processes: the test would show nothing"
 
 

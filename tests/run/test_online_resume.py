@@ -35,7 +35,9 @@ def logged(run: Path) -> list[dict]:
 def start(config: Path, num_processes: int = 1) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "mmalign", "train", str(config)]
     if num_processes > 1:
-        options = f"--multi_gpu --num_processes {num_processes} --num_machines 1 --mixed_precision no --dynamo_backend no"
+        options = (
+            f"--multi_gpu --num_processes {num_processes} --num_machines 1 --mixed_precision no --dynamo_backend no"
+        )
         launcher = [sys.executable, "-m", "accelerate.commands.launch", *options.split()]
         command = [*launcher, "-m", "mmalign", "train", str(config)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}

@@ -1,0 +1,130 @@
+"""What the learning matrix measures on language models: hallucination, recall and length of sampled captions, and whether
+the reward of a true caption needs the true image.
+
+Shape legend: P questions, S samples per question, T training seeds.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from mmalign.config import Config
+from mmalign.data.features import make_features
+from mmalign.data.questions import read_questions
+from mmalign.evaluation.statistics import seed_matrix
+from mmalign.policies.load import load_policy
+from mmalign.types import DrawKey, Request, Row
+
+MEASURES = ("grounded", "recall", "exact", "mentioned")
+NUM_RESAMPLES = 10_000
+BATCH = 50
+
+
+def scores(run: Path) -> dict[str, dict[str, np.ndarray]]:
+    """measure -> {"base": [P, S], "tuned": [P, S]} from the run's answers.jsonl."""
+    cells: dict[str, dict[str, dict[tuple[str, int], float]]] = {}
+    for line in (run / "answers.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        for measure in MEASURES:
+            value = record["scores"][f"synthetic_answers.{measure}"]
+            cells.setdefault(measure, {}).setdefault(record["label"], {})[record["id"], record["seed"]] = value
+    found = {}
+    for measure, labels in cells.items():
+        order = sorted(labels["base"])
+        num_seeds = len({seed for _, seed in order})
+        found[measure] = {
+            label: np.array([float(values[place]) for place in order]).reshape(-1, num_seeds)
+            for label, values in labels.items()
+        }
+    return found
+
+
+def summarise(runs: list[Path]) -> dict[str, Any]:
+    """Over training seeds, with 95 % intervals from a bootstrap over questions of the mean over seeds."""
+    per_seed = [scores(run) for run in runs]
+
+    def both(measure: str) -> tuple[np.ndarray, np.ndarray]:
+        """[T, P] of base and tuned."""
+        pairs = [found[measure] for found in per_seed]
+        return np.stack([p["base"].mean(1) for p in pairs]), np.stack([p["tuned"].mean(1) for p in pairs])
+
+    base_TP, tuned_TP = (1 - values for values in both("grounded"))
+    index = np.random.default_rng(0).integers(base_TP.shape[1], size=(NUM_RESAMPLES, base_TP.shape[1]))
+    base_P, tuned_P = base_TP.mean(0), tuned_TP.mean(0)
+    resampled = 1 - tuned_P[index].mean(1) / base_P[index].mean(1)
+    table: dict[str, Any] = {
+        "hallucination": {
+            "base": round(float(base_P.mean()), 4),
+            "tuned": round(float(tuned_P.mean()), 4),
+            "relative_fall": round(float(1 - tuned_P.mean() / base_P.mean()), 4),
+            "interval": [round(float(edge), 4) for edge in np.quantile(resampled, (0.025, 0.975))],
+            "per_seed": [round(float(1 - t.mean() / b.mean()), 4) for b, t in zip(base_TP, tuned_TP, strict=True)],
+        }
+    }
+    for measure in ("recall", "exact", "mentioned"):
+        before_TP, after_TP = both(measure)
+        matrix = seed_matrix((after_TP - before_TP)[:, :, None])
+        table[measure] = {
+            "base": round(float(before_TP.mean()), 4),
+            "tuned": round(float(after_TP.mean()), 4),
+            "difference": round(matrix.mean, 4),
+            "interval": [round(edge, 4) for edge in matrix.interval],
+            "per_seed": [round(value, 4) for value in matrix.per_seed],
+        }
+    return table
+
+
+def image_accuracy(runs: list[Path], split: str) -> dict[str, Any]:
+    """Share of true captions whose reward (log-ratio to the base) is larger with the true image than with its crop."""
+    matrix = seed_matrix(np.stack([image_wins(run, split) for run in runs])[:, :, None])
+    return {
+        "share": round(matrix.mean, 4),
+        "interval": [round(edge, 4) for edge in matrix.interval],
+        "per_seed": [round(value, 4) for value in matrix.per_seed],
+    }
+
+
+@torch.no_grad()
+def image_wins(run: Path, split: str) -> np.ndarray:
+    """`[P]`: 1 where the true image wins, ties ½."""
+    config = Config.model_validate(yaml.safe_load((run / "config.yaml").read_text()))
+    questions = read_questions(f"builtin:scenes_{split}", config.evaluate.limit)
+    rows = [
+        Row(id=q.id, prompt=q.prompt, images=q.images, chosen=str(q.columns["truth"]), source=q.source)
+        for q in questions
+    ]
+    score_N2 = []
+    tuned = config.model.model_copy(update={"lora": None, "adapters": [str(run / "final")]})
+    for model in (tuned, config.model.model_copy(update={"lora": None})):
+        policy = load_policy(model, data=config.data, device="cpu", train=False)
+        # Its own seed: the crops that training saw must not be the ones that are asked about.
+        features = make_features(policy, config.data, None, seed=12345, rows=rows, negatives=True)
+        values = []
+        for start in range(0, len(rows), BATCH):
+            some = rows[start : start + BATCH]
+            draws = [0] * len(some)
+            target = features.targets(some, "chosen", draws)
+            keys = [[DrawKey(0, row.id, 0)] for row in some]
+            for context in (features.contexts(some, draws), features.negatives(some, draws)):
+                requests = [Request(c, t, k) for c, t, k in zip(context, target, keys, strict=True)]
+                values.append(policy.score(requests).value_R)
+        pairs = torch.cat([torch.stack(values[i : i + 2], dim=1) for i in range(0, len(values), 2)])
+        score_N2.append(pairs.double())
+    reward_N2 = (score_N2[0] - score_N2[1]).numpy()
+    return (np.sign(reward_N2[:, 0] - reward_N2[:, 1]) + 1) / 2
+
+
+def show(name: str, table: dict[str, Any]) -> None:
+    for key, row in table.items():
+        if isinstance(row, dict):
+            low, high = row["interval"]
+            value = next(row[k] for k in ("relative_fall", "difference", "share") if k in row)
+            means = f"  mean {row['base']:.3f} -> {row['tuned']:.3f}" if "base" in row else ""
+            seeds = " ".join(f"{v:.3f}" for v in row["per_seed"])
+            print(f"{name:<20} {key:<15} {value:+.3f} [{low:+.3f}, {high:+.3f}]  seeds {seeds}{means}", flush=True)
