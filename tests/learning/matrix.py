@@ -27,7 +27,7 @@ from mmalign.evaluation.statistics import seed_matrix, wins
 
 if str(Path(__file__).parent) not in sys.path:
     sys.path.insert(0, str(Path(__file__).parent))
-import answers  # noqa: E402  (a script beside this one)
+import answers
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.json")
@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--split", choices=["dev", "heldout"], default="dev")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=sorted(RECIPES), default=list(RECIPES))
-    parser.add_argument("--save", action="store_true", help="write results.json beside this file")
+    parser.add_argument("--save", action="store_true", help="put these recipes into results.json beside this file")
     parser.add_argument("--keep", type=Path, help="keep the run folders here (and reuse finished ones)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides for every recipe")
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -204,17 +204,18 @@ def main(arguments: list[str] | None = None) -> int:
             f"graded@g{g:g}": difference(runs["mapo_full"], runs["sft_full"], "graded", g) for g in scales
         }
         print("mapo minus sft", json.dumps(results["mapo_minus_sft"]), flush=True)
-    record = {
+    how = {
         "command": " ".join(["python", "tests/learning/matrix.py", *arguments]),
         "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""),
         "split": options.split,
         "seeds": options.seeds,
-        "seconds": round(time.monotonic() - started),
-        "results": results,
     }
     if options.save:
-        RESULTS.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"written: {RESULTS.relative_to(ROOT)}")
+        # What was not run now keeps its own record.
+        kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+        merged = {**kept, **{name: {**how, **table} for name, table in results.items()}}
+        RESULTS.write_text(json.dumps(merged, indent=1) + "\n")
+        print(f"written: {RESULTS.relative_to(ROOT)} ({time.monotonic() - started:.0f} s)")
     return 0
 
 

@@ -40,8 +40,14 @@ def test_policy_by_itself():
     assert Path("circle.png").is_file()
 
 
+def test_language_model_by_itself(capsys: pytest.CaptureFixture[str]):
+    run(BLOCKS[2])
+    answers = [line for line in capsys.readouterr().out.splitlines() if line.startswith("there ")]
+    assert len(answers) == 2
+
+
 def test_loss_in_a_plain_torch_loop():
-    names = run(BLOCKS[2])
+    names = run(BLOCKS[3])
     assert names["policy"][0] > 0.5
     assert abs(names["policy"][1]) < 1e-6
     first = names["dpo"](torch.zeros(1), torch.zeros(1), beta=1.0)
