@@ -420,6 +420,11 @@ def _check_fits(config: Config, family: Any, method: Any) -> None:
             raise ValueError(
                 f"method {config.method.name!r} samples and replays steps; family {config.model.family!r} cannot"
             )
+        if method.kernel not in family.kernels:
+            raise ValueError(
+                f"method.kernel {method.kernel!r} does not fit family {config.model.family!r}: must be "
+                f"{' or '.join(kernel for kernel in family.kernels if kernel != 'ode')}"
+            )
         if not any(reward.weight for reward in config.rewards):
             raise ValueError(f"method {config.method.name!r} learns from rewards: name at least one under `rewards`")
     elif config.rewards:

@@ -51,6 +51,8 @@ class DiffusionPolicy:
     network_role = "unet"
     """Which component of the pipeline is trained."""
     text_roles = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    kernels: tuple[str, ...] = ("ddim", "ode")
+    """What its sampling steps can be (`mmalign.diffusion.kernels`)."""
     untouched: tuple[str, ...] = ("conv_in", "conv_out")
     """Layers that `lora.targets: all` leaves alone."""
     unread: tuple[str, ...] = (
@@ -329,9 +331,9 @@ class DiffusionPolicy:
         """
         from diffusers import DDIMScheduler
 
-        if kernel not in ("ddim", "ode"):
+        if kernel not in self.kernels:
             raise ValueError(
-                f"kernel {kernel!r} belongs to flow models; {self.config.family!r} is a diffusion model: ddim or ode"
+                f"kernel {kernel!r} does not fit {self.config.family!r}: must be {' or '.join(self.kernels)}"
             )
         scheduler = DDIMScheduler.from_config(self.pipe.scheduler.config)
         scheduler.set_timesteps(num_steps)

@@ -18,6 +18,7 @@ class FlowPolicy(DiffusionPolicy):
     """A diffusers pipeline around one flow transformer."""
 
     network_role = "transformer"
+    kernels = ("dance_sde", "flow_sde", "ode")
     unread = tuple(key for key in DiffusionPolicy.unread if not key.startswith("model."))
 
     def make_schedule(self) -> FlowSchedule:
@@ -39,9 +40,9 @@ class FlowPolicy(DiffusionPolicy):
 
         Raises `ValueError` for a kernel of another process, and as `kernels.flow_steps` does.
         """
-        if kernel == "ddim":
+        if kernel not in self.kernels:
             raise ValueError(
-                f"kernel 'ddim' belongs to diffusion models; {self.config.family!r} is a flow model: dance_sde, flow_sde or ode"
+                f"kernel {kernel!r} does not fit {self.config.family!r}: must be {' or '.join(self.kernels)}"
             )
         scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
         shifted = scheduler.config.get("use_dynamic_shifting")

@@ -143,6 +143,8 @@ def draw_noise(shape: tuple[int, ...], purpose: str, keys: Sequence[DrawKey]) ->
 
 
 def _pick(values: dict[int, Tensor], index_BS: Tensor) -> Tensor:
-    """`[B, S, …]`: each sample's own steps out of whole-batch values."""
+    """`[B, S, …]`: each sample's own steps out of whole-batch values; empty if nothing is recorded."""
+    if not values:
+        return torch.empty(index_BS.shape)
     rows = [torch.stack([values[step][b] for step in index_BS[b].tolist()]) for b in range(len(index_BS))]
     return torch.stack(rows)

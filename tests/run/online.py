@@ -20,6 +20,11 @@ def red(images, prompts):
     return [float(np.asarray(image, np.float32)[..., 0].mean() / 255) for image in images]
 
 
+def coarse_red(images, prompts):
+    """Two digits: no rounding of one pixel can move it, so that only the training itself is compared."""
+    return [round(value, 2) for value in red(images, prompts)]
+
+
 def slow_red(images, prompts):
     values = red(images, prompts)
     time.sleep(0.4)
@@ -29,7 +34,7 @@ def slow_red(images, prompts):
 def moody(images, prompts):
     """NaN for every image darker than most: on some ranks and not on others."""
     values = [float(np.asarray(image, np.float32).mean() / 255) for image in images]
-    return [None if value < 0.25 else value for value in values]
+    return [None if value < 0.25 else round(value, 2) for value in values]
 
 
 def never(images, prompts):
@@ -41,9 +46,12 @@ def raises(images, prompts):
 
 
 def raises_sometimes(images, prompts):
-    if len(prompts[0]) % 2:
+    """Every second call."""
+    with (HERE / "tries.txt").open("a") as file:
+        file.write("x")
+    if (HERE / "tries.txt").stat().st_size % 2:
         raise ConnectionError("the judge is down")
-    return red(images, prompts)
+    return [float(np.asarray(image, np.float32)[..., 1].mean() / 255) for image in images]
 
 
 def hangs(images, prompts):

@@ -98,7 +98,7 @@ def test_flow_family_of_the_guide():
     trajectory = policy.rollout(contexts, steps=steps, index_BS=torch.tensor([[0, 2]] * 2), **plan)
     assert probe_rollout(policy, trajectory, dtype="fp32")
     steps = policy.rollout_steps(kernel="ode", level=0.0, num_steps=4)
-    trajectory = policy.rollout(contexts, steps=steps, index_BS=torch.tensor([[0], [0]]), **plan)
+    trajectory = policy.rollout(contexts, steps=steps, index_BS=torch.zeros(2, 0, dtype=torch.int64), **plan)
     drawn = stock(
         [PROMPT] * 2,
         latents=policy.noise(policy.latent_shape, "rollout start", keys),

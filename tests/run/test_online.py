@@ -130,7 +130,7 @@ def test_rollout_at_level_zero_is_the_stock_sampler(stepping):
     """The ODE rollout from a pipeline's own noise ends where the stock pipeline does."""
     policy, _, _ = stepping
     prompt = "a large red circle on a white background"
-    steps = policy.rollout_steps(kernel="ode", level=0.0, num_steps=6)
+    steps = policy.rollout_steps(kernel="ode", level=0.0, num_steps=5)  # divides the 1000 timesteps: equal spacing
     key = [DrawKey(3, "x", 0)]
     trajectory = policy.rollout(
         policy.encode_prompts([prompt]),
@@ -147,12 +147,12 @@ def test_rollout_at_level_zero_is_the_stock_sampler(stepping):
         height=policy.resolution,
         width=policy.resolution,
         guidance_scale=2.0,
-        num_inference_steps=6,
+        num_inference_steps=5,
         output_type="latent",
         return_dict=False,
         **policy.sampling_options(),
     )[0]
-    assert torch.allclose(trajectory.latents, stock, atol=2e-4)
+    assert float((trajectory.latents - stock).abs().max()) < 2e-4
 
 
 def test_group_noise_is_shared_or_not():
@@ -236,7 +236,7 @@ def test_a_reward_of_the_wrong_length_stops_the_run(tmp_path: Path):
     ("change", "message"),
     [
         ({"rewards": []}, "learns from rewards: name at least one"),
-        ({"method": {"kernel": "dance_sde"}}, "belongs to flow models"),
+        ({"method": {"kernel": "dance_sde"}}, "does not fit family 'sdxl': must be ddim"),
         ({"method": {"kernel": "euler"}}, "must be ddim, dance_sde or flow_sde"),
         ({"method": {"level": 0.0}}, "must be positive"),
         ({"method": {"group_size": 1}}, "group_size = 1: must be at least 2"),

@@ -91,7 +91,7 @@ def test_killed_in_any_phase_ends_with_the_same_bits(tmp_path: Path, phase: str)
     metrics = killed / "metrics.jsonl"
     # 4 micro-batches are scored per iteration, 0.4 s each, by one worker; 2 lines are logged per iteration.
     moments = {
-        "rollout": lambda: num_lines(metrics) == 2,
+        "rollout": lambda: num_lines(metrics) == 2 and bool(complete(killed / "checkpoints")),
         "reward": lambda: num_calls(tmp_path) == 7,
         "update": lambda: num_lines(metrics) == 3,
     }
@@ -117,7 +117,7 @@ def test_two_processes_equal_one_and_a_run_moves_between_them(tmp_path: Path):
     def config(name: str, steps: int) -> dict:
         made = online_config(
             tmp_path,
-            [f"{rewards}:red", {"name": f"{rewards}:moody", "weight": 0.3}],
+            [f"{rewards}:coarse_red", {"name": f"{rewards}:moody", "weight": 0.3}],
             model=FLOW["model"],
             method=method,
             train={**moderate, "steps": steps},
@@ -140,7 +140,7 @@ def test_two_processes_equal_one_and_a_run_moves_between_them(tmp_path: Path):
     for first, second in zip(logged(one), logged(two), strict=True):
         assert second["invalid_share"] == first["invalid_share"]
         for name in ("loss", "reward", "grad_norm", "ratio"):
-            assert second[name] == pytest.approx(first[name], rel=1e-5, abs=1e-6), (name, first["step"])
+            assert second[name] == pytest.approx(first[name], rel=1e-6, abs=1e-6), (name, first["step"])
     assert any(line["invalid_share"] > 0 for line in logged(one)), "no sample was invalid: the test shows less"
     assert worst(one, two, 4) < 1e-6
 

@@ -36,43 +36,81 @@ def launch(config: Path, num_processes: int) -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one(tiny: Callable, tmp_path: Path):
-    """Losses step by step, cached reference included; the report is written once; another process count is refused."""
-    data = {"cache_reference": 2, "flip": True, "prompt_dropout": 0.2}
-    optimizer = {"steps": 3, "accumulate": 2, "learning_rate": 1e-4, "epsilon": 1e-3}
-    evaluate = {
+LLAVA = {
+    "model": {"family": "llava", "path": "builtin:llava-tiny", "lora": {"rank": 4, "targets": "all"}},
+    "data": {"path": "builtin:llava-pairs", "format": "trl", "limit": 24},
+    "method": {"preset": "mdpo"},
+}
+SDXL = {
+    "data": {"cache_reference": 2, "flip": True, "prompt_dropout": 0.2},
+    "method": {"losses": [{"name": "dpo", "beta": 10}]},  # beta multiplies the rounding of scores
+}
+EVALUATE = {
+    "sdxl": {
         "prompts": "builtin:attributes_dev",
         "limit": 1,
         "seeds": 1,
         "num_steps": 2,
         "rewards": ["synthetic_truth"],
-    }
-    method = {"losses": [{"name": "dpo", "beta": 100}]}  # moderate: beta multiplies the rounding of scores
-    one = tiny(method=method, data=data, train={**optimizer, "batch_size": 4}, output_dir=str(tmp_path / "one"))
-    mmalign.train(one)
-    two = tiny(
-        method=method,
-        data=data,
-        train={**optimizer, "batch_size": 2},
-        evaluate=evaluate,
-        output_dir=str(tmp_path / "two"),
-    )
-    config = tmp_path / "two.yaml"
-    config.write_text(yaml.safe_dump(two))
-    finished = launch(config, 2)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert finished.stdout.count("finished at step 3") == 1
+    },
+    "llava": {"prompts": "builtin:scenes_dev", "limit": 2, "seeds": 1, "rewards": ["synthetic_answers"]},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sdxl", "llava"])
+def test_two_processes_equal_one_and_a_run_moves_between_them(tiny: Callable, tmp_path: Path, family: str):
+    """Losses, gradients and weights, step by step; the report is written once; 2 -> 1 and 1 -> 2 go on exactly."""
+
+    def config(name: str, steps: int, num_processes: int) -> dict:
+        train = {
+            "steps": steps,
+            "batch_size": 2,
+            "accumulate": 4 // num_processes,
+            "learning_rate": 1e-4,
+            "epsilon": 1e-3,
+        }
+        sections = SDXL if family == "sdxl" else {}
+        made = tiny(**sections, train=train, checkpoint={"every": 3, "keep": 5}, output_dir=str(tmp_path / name))
+        if family == "llava":
+            made = {**made, **LLAVA, "data": {**LLAVA["data"], "cache_dir": str(tmp_path / f"cache-{name}")}}
+        if name == "two":
+            made["evaluate"] = EVALUATE[family]
+        return made
+
+    def run(name: str, steps: int, num_processes: int) -> str:
+        settings = config(name, steps, num_processes)
+        if num_processes == 1:
+            mmalign.train(settings)
+            return ""
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(settings))
+        finished = launch(path, num_processes)
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        return finished.stdout
 
     def lines(name: str) -> list[dict]:
         return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
 
-    for first, second in zip(lines("one"), lines("two"), strict=True):
-        assert second["loss"] == pytest.approx(first["loss"], rel=2e-5)
-        assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=2e-4)
-    weights = [load_file(tmp_path / name / "checkpoints" / "step_3" / "weights.safetensors") for name in ("one", "two")]
-    worst = max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
-    assert worst < 1e-6
+    def worst(first: str, second: str, step: int) -> float:
+        a, b = (
+            load_file(tmp_path / name / "checkpoints" / f"step_{step}" / "weights.safetensors")
+            for name in (first, second)
+        )
+        return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+    run("one", 3, 1)
+    assert run("two", 3, 2).count("finished at step 3") == 1
     assert (tmp_path / "two" / "report.json").is_file()
+    for first, second in zip(lines("one"), lines("two"), strict=True):
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-6)
+        assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-6)
+    assert worst("one", "two", 3) < 1e-6
+
     with pytest.raises(CheckpointError, match="another number of processes"):
-        mmalign.train({**two, "train": {**two["train"], "steps": 5}})
+        mmalign.train(config("two", 6, 2))
+    run("one", 6, 2)
+    run("two", 6, 1)
+    run("straight", 6, 1)
+    assert worst("straight", "one", 6) < 1e-6
+    assert worst("straight", "two", 6) < 1e-6
