@@ -226,6 +226,11 @@ class RewardConfig(BaseModel):
         return {"name": value} if isinstance(value, str) else value
 
 
+def reward_identity(reward: RewardConfig) -> str:
+    """Name and options: two CLIP models are two rewards, one CLIP with two weights is one."""
+    return json.dumps([reward.name, reward.options()], sort_keys=True, default=str)
+
+
 class EvaluateConfig(Section):
     prompts: str | None = None
     """A text file (one prompt a line), JSONL/TSV with a prompt column, or `builtin:SPLIT`. Language models: JSONL or
@@ -420,7 +425,7 @@ def _check_fits(config: Config, family: Any, method: Any) -> None:
             raise ValueError(
                 f"method {config.method.name!r} samples and replays steps; family {config.model.family!r} cannot"
             )
-        if method.kernel not in family.kernels:
+        if getattr(method, "kernel", None) not in (None, *family.kernels):
             raise ValueError(
                 f"method.kernel {method.kernel!r} does not fit family {config.model.family!r}: must be "
                 f"{' or '.join(kernel for kernel in family.kernels if kernel != 'ode')}"

@@ -45,6 +45,7 @@ class GroupPolicyGradient:
 
     loop = "online"
     needs_negative = False
+    step_losses = (clipped_surrogate,)
     unread = (
         "train.accumulate",
         "train.num_draws",

@@ -68,9 +68,9 @@ def train(loaded: LoadedConfig) -> RunResult:
                             # The forward belongs inside: DDP decides there whether its backward will synchronise.
                             with sync_only(last, accelerator, policy):
                                 accelerator.backward(loss())
-                        norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or float("inf"))
-                        skipped = False
+                        norm, skipped = torch.zeros((), device=policy.device), False
                         if used:  # else nothing was learned, and momentum alone should not move the weights
+                            norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or float("inf"))
                             optimizer.step()
                             skipped = optimizer.step_was_skipped  # fp16 only: the gradient scaler met an overflow
                         if not skipped:

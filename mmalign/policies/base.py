@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mmalign.config import EmaConfig
     from mmalign.diffusion.kernels import Steps
     from mmalign.policies.rollouts import Replay, Trajectory
-    from mmalign.types import ImageRef, Request, Sample, Score
+    from mmalign.types import Answer, ImageRef, Request, Row, Sample, Score, Side
 
 View = Literal["policy", "reference", "ema"]
 
@@ -85,6 +85,9 @@ class Policy(Protocol):
 class StepPolicy(Policy, Protocol):
     """A policy whose sampling steps are Gaussians: what policy-gradient methods ask for on top."""
 
+    kernels: tuple[str, ...]
+    """What its sampling steps can be (`mmalign.diffusion.kernels`)."""
+
     def rollout_steps(self, *, kernel: str, level: float, num_steps: int, stochastic_S: Tensor | None = None) -> Steps:
         """The transitions of a rollout. Raises `ValueError` for a kernel that does not fit the model."""
 
@@ -98,6 +101,21 @@ class StepPolicy(Policy, Protocol):
         """Finished latents to PIL images."""
 
 
+class TextPolicy(Policy, Protocol):
+    """A policy whose targets are texts: what language models offer on top."""
+
+    def tokenize(self, row: Row, side: Side) -> tuple[Tensor, Tensor]:
+        """Prompt and response ids, image placeholders expanded. Raises `DataError` for a row that cannot be used."""
+
+    def num_image_tokens(self, size: tuple[int, int]) -> int:
+        """Placeholders of an image of (height, width)."""
+
+    def answer(
+        self, rows: Sequence[Row], seeds: Sequence[int], *, temperature: float, max_new_tokens: int
+    ) -> list[Answer]:
+        """One answer per (row, seed). Its randomness depends on (row id, seed) alone: same for every view."""
+
+
 class PreparedImage(Protocol):
     """An image after resize, crop and flip: `pixels` uint8 [H, W, 3] plus the sizes SDXL conditions on."""
 
@@ -106,4 +124,4 @@ class PreparedImage(Protocol):
     crop_top_left: tuple[int, int]
 
 
-__all__ = ["ImageRef", "Policy", "PreparedImage", "StepPolicy", "View"]
+__all__ = ["ImageRef", "Policy", "PreparedImage", "StepPolicy", "TextPolicy", "View"]

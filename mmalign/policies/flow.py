@@ -22,9 +22,10 @@ class FlowPolicy(DiffusionPolicy):
     unread = tuple(key for key in DiffusionPolicy.unread if not key.startswith("model."))
 
     def make_schedule(self) -> FlowSchedule:
-        density = None if self.config.timestep_density == "family" else self.config.timestep_density
+        model = self.config
+        density = None if model.timestep_density == "family" else model.timestep_density
         return FlowSchedule.from_scheduler(
-            self.pipe.scheduler, num_tokens=self.num_tokens, density=density, shift=self.config.timestep_shift
+            self.pipe.scheduler, num_tokens=self.num_tokens, density=density, shift=model.timestep_shift
         )
 
     @property

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from mmalign import registry
 from mmalign.builtin import resolve_path
-from mmalign.config import Config, ConfigError, ModelConfig, RewardConfig, load_config
+from mmalign.config import Config, ConfigError, ModelConfig, RewardConfig, load_config, reward_identity
 from mmalign.evaluation import check_evaluation, compare_policies
 from mmalign.policies.load import default_device, load_policy
 from mmalign.reward import load_rewards
@@ -73,7 +73,7 @@ def compare(
     limit = limit or (config.evaluate.limit if prompts is None else None)
     evaluate = config.evaluate.model_copy(update={"prompts": chosen, "limit": limit, "seeds": seeds, **given})
     specs = [RewardConfig(name=name) for name in rewards] or [*config.evaluate.rewards, *config.evaluate.held_out]
-    trained_on = {reward.name for reward in config.rewards}
+    trained_on = {reward_identity(reward) for reward in config.rewards}
     scorers = load_rewards(specs, default_device())
     check_evaluation(family.modality, evaluate, scorers)
 
@@ -85,7 +85,7 @@ def compare(
         family.modality,
         models(),
         evaluate,
-        [(scorer, spec.name in trained_on) for scorer, spec in zip(scorers, specs, strict=True)],
+        [(scorer, reward_identity(spec) in trained_on) for scorer, spec in zip(scorers, specs, strict=True)],
         out,
         title=f"{config.model.path}: {' / '.join(label for label, _ in entries)}",
         progress=lambda phase, done, total: console.print(f"{phase} {done}/{total}") if done == total else None,

@@ -45,6 +45,7 @@ def code_path(loaded: LoadedConfig) -> list[tuple[str, str]]:
         ("loop", location(loop)),
         ("method", location(method_class)),
         *(("loss", f"{location(term.function.func)} {term.name}") for term in getattr(method, "terms", [])),
+        *(("loss", f"{location(function)} {function.__name__}") for function in getattr(method, "step_losses", [])),
         ("model", location(registry.resolve("family", config.model.family))),
     ]
     return places

@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from mmalign.config import LoadedConfig
+from mmalign.config import ConfigError, LoadedConfig, reward_identity
 from mmalign.data.groups import Groups, GroupSample
 from mmalign.reward import RewardError, load_rewards
+from mmalign.run import atomic
 from mmalign.run.checkpoint import LoopState
 from mmalign.run.panel import RewardPanel, Rewards
 from mmalign.run.preflight import probe_rollout
@@ -23,6 +24,7 @@ class OnlineSession(Session):
     def __init__(self, loaded: LoadedConfig) -> None:
         super().__init__(loaded)
         self._failing: set[str] = set()
+        self._listing = False
 
     def load_method(self) -> Any:
         method = super().load_method()
@@ -61,7 +63,15 @@ class OnlineSession(Session):
         """The training rewards and, watched from the first rollout, those held out of training."""
         config = self.config
         with self.phase("load"):
-            scorers = load_rewards([*config.rewards, *config.evaluate.held_out], policy.device)
+            trained_on = [reward_identity(reward) for reward in config.rewards]
+            watched = [reward for reward in config.evaluate.held_out if reward_identity(reward) not in trained_on]
+            scorers = load_rewards([*config.rewards, *watched], policy.device)
+        for scorer, reward in zip(scorers, config.rewards, strict=False):
+            if reward.weight > 0 and not scorer.higher_is_better:
+                raise ConfigError(
+                    f"reward {scorer.name!r}: lower is better, but weight {reward.weight} would raise it. Give a "
+                    f"negative weight"
+                )
         training = [
             (scorer, reward.weight, reward.timeout) for scorer, reward in zip(scorers, config.rewards, strict=False)
         ]
@@ -69,13 +79,8 @@ class OnlineSession(Session):
 
     def check_rewards(self, rewards: Rewards, samples: Sequence[GroupSample], iteration: int) -> None:
         """Keep a line of every missing score, and stop when a training reward has none at all."""
-        if self.is_main and rewards.failures:
-            lines = (
-                {"iteration": iteration, "prompt": samples[n].row.prompt, "sample": n, "reward": name, "reason": reason}
-                for n, name, reason in rewards.failures
-            )
-            with (self.folder.path / "reward_failures.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        if self.is_main:
+            self._list_failures(rewards, samples, iteration)
         for column, name in enumerate(rewards.names):
             reasons = [reason for _, failed, reason in rewards.failures if failed == name]
             if reasons and name not in self._failing:
@@ -90,3 +95,18 @@ class OnlineSession(Session):
                     f"{iteration}: {reasons[0]}. The checkpoints written so far are from before",
                     "invalid",
                 )
+
+    def _list_failures(self, rewards: Rewards, samples: Sequence[GroupSample], iteration: int) -> None:
+        path = self.folder.path / "reward_failures.jsonl"
+        if not self._listing and path.is_file():  # what a killed run listed of iterations that are done again
+            kept = (line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}"))
+            lines = [line for line in kept if json.loads(line)["iteration"] < iteration]
+            atomic.write_text(path, "".join(f"{line}\n" for line in lines))
+        self._listing = True
+        if rewards.failures:
+            found = (
+                {"iteration": iteration, "prompt": samples[n].row.prompt, "sample": n, "reward": name, "reason": reason}
+                for n, name, reason in rewards.failures
+            )
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in found)

@@ -25,6 +25,7 @@ from mmalign.data.groups import GroupSample
 from mmalign.reward import RewardError, Scorer
 
 THUMBNAIL = 8
+WATCHED_TIMEOUT = 300.0  # seconds; a held-out reward that hangs must not stop a training it has no part in
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class RewardPanel:
     """
 
     def __init__(self, training: Sequence[tuple[Scorer, float, float | None]], watched: Sequence[Scorer] = ()) -> None:
-        self._rewards = [*training, *((scorer, 0.0, None) for scorer in watched)]
+        self._rewards = [*training, *((scorer, 0.0, WATCHED_TIMEOUT) for scorer in watched)]
         self.num_training = len(training)
         self.names = tuple(scorer.name for scorer, _, _ in self._rewards)
         self.weights = tuple(weight for _, weight, _ in self._rewards)
@@ -144,7 +145,7 @@ class RewardPanel:
             reason = f"no answer within {timeout:g} s"
             self._replace_worker(job.column)
         except RewardError as error:
-            if error.problem != "exception":
+            if error.problem != "exception" and job.column < self.num_training:
                 broken.append(str(error))
             reason = str(error)
         return [float("nan")] * len(job.samples), [reason] * len(job.samples)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mmalign import randomness, registry
-from mmalign.config import Config, ConfigError, LoadedConfig, dump
+from mmalign.config import Config, ConfigError, LoadedConfig, dump, reward_identity
 from mmalign.data.batches import Batches
 from mmalign.data.cache import FeatureCache, build_cache, cache_folder
 from mmalign.data.features import Features, make_features
@@ -460,10 +460,10 @@ class Session:
         config = self.config.evaluate
         if config.prompts is None:
             return
-        trained_on = {reward.name for reward in self.config.rewards}
+        trained_on = {reward_identity(reward) for reward in self.config.rewards}
         specs = [*config.rewards, *config.held_out]
         loaded = load_rewards(specs, policy.device)
-        scorers = [(scorer, spec.name in trained_on) for scorer, spec in zip(loaded, specs, strict=True)]
+        scorers = [(scorer, reward_identity(spec) in trained_on) for scorer, spec in zip(loaded, specs, strict=True)]
         with self.phase("evaluate"):
             evaluate_policy(
                 policy,

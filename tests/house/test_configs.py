@@ -79,7 +79,7 @@ def test_recipe_header_says_command_cost_metric_and_evidence(path: str):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_gives_a_method_whose_options_are_valid(preset: str):
-    loaded = load_config(minimal(method={"preset": preset}))
+    loaded = load_config(minimal_for(preset))
     assert loaded.config.method.name
     assert loaded.origin_of("method.name") == f"preset {preset}"
 
@@ -95,7 +95,7 @@ def test_misspelt_key_is_an_error_that_names_the_right_one(name: str):
     tree = yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
     if name.startswith("configs/presets/"):
         tree = {"method": tree}
-        base = minimal(method=tree["method"])
+        base = {**minimal_for(Path(name).stem), "method": tree["method"]}
     else:
         base = yaml.safe_load(schema.to_yaml(load_config(ROOT / name).config))
     for section, keys in tree.items():
@@ -105,6 +105,23 @@ def test_misspelt_key_is_an_error_that_names_the_right_one(name: str):
         broken = {**base, section: {**base[section], key[:-2] + key[-1]: 1}}
         with pytest.raises(ConfigError, match=re.escape(key)):
             load_config(broken)
+
+
+# The model a preset is for, where it is not a diffusion model.
+FAMILY = {
+    "dpo": "llava",
+    "mdpo": "llava",
+    "nll": "llava",
+    "dance_grpo": "sd3",
+    "flow_grpo": "sd3",
+    "flow_grpo_fast": "sd3",
+}
+
+
+def minimal_for(preset: str) -> dict[str, object]:
+    made = minimal(method={"preset": preset})
+    made["model"] = {"family": FAMILY.get(preset, "sdxl"), "path": "some/model"}
+    return {**made, "rewards": ["clip"]} if "grpo" in preset else made
 
 
 def minimal(**sections: object) -> dict[str, object]:

@@ -15,6 +15,7 @@ class StableDiffusion(DiffusionPolicy):
 
     name = "sd15"
     pipeline_class = "StableDiffusionPipeline"
+    unread = (*DiffusionPolicy.unread, "data.size_ids")
     default_guidance_scale = 7.5
 
     def load_options(self, pipeline_config: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ class StableDiffusion3(FlowPolicy):
 
     name = "sd3"
     pipeline_class = "StableDiffusion3Pipeline"
+    unread = (*FlowPolicy.unread, "data.size_ids")
     untouched = ("pos_embed.proj", "proj_out")
     default_guidance_scale = 7.0
     default_num_steps = 28
@@ -44,8 +45,8 @@ class StableDiffusion3(FlowPolicy):
         }
 
     def sampling_options(self) -> dict[str, Any]:
-        length = self.config.max_sequence_length
-        return {} if length is None else {"max_sequence_length": length}
+        model = self.config
+        return {} if model.max_sequence_length is None else {"max_sequence_length": model.max_sequence_length}
 
     def tokenizer_fingerprint(self) -> str:
         return f"{super().tokenizer_fingerprint()}:{self.config.max_sequence_length}"
