@@ -80,19 +80,29 @@ def summarise(runs: list[Path]) -> dict[str, Any]:
     return table
 
 
-def image_accuracy(runs: list[Path], split: str) -> dict[str, Any]:
-    """Share of true captions whose reward (log-ratio to the base) is larger with the true image than with its crop."""
-    matrix = seed_matrix(np.stack([image_wins(run, split) for run in runs])[:, :, None])
-    return {
-        "share": round(matrix.mean, 4),
-        "interval": [round(edge, 4) for edge in matrix.interval],
-        "per_seed": [round(value, 4) for value in matrix.per_seed],
-    }
+def image_accuracy(runs: list[Path], split: str) -> dict[str, dict[str, Any]]:
+    """Share of true captions whose reward (log-ratio to the base) is larger with the true image than with its crop.
+
+    `image_accuracy` is over all scenes. A crop of a scene with one object may show just that object, so that its caption
+    stays true and nothing says which image should win; `image_accuracy_several` leaves these scenes out.
+    """
+    found = [image_wins(run, split) for run in runs]
+    several_P = found[0][1] > 1
+    wins_TP = np.stack([wins_P for wins_P, _ in found])
+    tables = {}
+    for name, kept_TP in (("image_accuracy", wins_TP), ("image_accuracy_several", wins_TP[:, several_P])):
+        matrix = seed_matrix(kept_TP[:, :, None])
+        tables[name] = {
+            "share": round(matrix.mean, 4),
+            "interval": [round(edge, 4) for edge in matrix.interval],
+            "per_seed": [round(value, 4) for value in matrix.per_seed],
+        }
+    return tables
 
 
 @torch.no_grad()
-def image_wins(run: Path, split: str) -> np.ndarray:
-    """`[P]`: 1 where the true image wins, ties ½."""
+def image_wins(run: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """`[P]`: 1 where the true image wins, ties ½; and `[P]`: the number of objects in the scene."""
     config = Config.model_validate(yaml.safe_load((run / "config.yaml").read_text()))
     questions = read_questions(f"builtin:scenes_{split}", config.evaluate.limit)
     rows = [
@@ -117,7 +127,8 @@ def image_wins(run: Path, split: str) -> np.ndarray:
         pairs = torch.cat([torch.stack(values[i : i + 2], dim=1) for i in range(0, len(values), 2)])
         score_N2.append(pairs.double())
     reward_N2 = (score_N2[0] - score_N2[1]).numpy()
-    return (np.sign(reward_N2[:, 0] - reward_N2[:, 1]) + 1) / 2
+    num_objects_P = np.array([str(q.columns["truth"]).count(" and ") + 1 for q in questions])
+    return (np.sign(reward_N2[:, 0] - reward_N2[:, 1]) + 1) / 2, num_objects_P
 
 
 def show(name: str, table: dict[str, Any]) -> None:

@@ -191,8 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
             for seed in options.seeds
         ]
         if RECIPES[name].answers:
-            table = answers.summarise(runs[name])
-            table["image_accuracy"] = answers.image_accuracy(runs[name], options.split)
+            table = answers.summarise(runs[name]) | answers.image_accuracy(runs[name], options.split)
             answers.show(name, table)
         else:
             table = summarise(runs[name])
