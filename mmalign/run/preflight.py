@@ -105,7 +105,7 @@ def probe(
 
 
 def reach_line(num_tensors: int, num_zero: int) -> str:
-    zero = f"; {num_zero} are zero at first, as LoRA's A factors are while B = 0" if num_zero else ""
+    zero = f"; {num_zero} have zero gradient on this batch (LoRA A factors do while B = 0)" if num_zero else ""
     return f"gradients reach {num_tensors - num_zero} of {num_tensors} trained tensors{zero}"
 
 

@@ -16,7 +16,7 @@ import pytest
 from mmalign.evaluation.statistics import seed_matrix, wins
 
 MATRIX = runpy.run_path(str(Path(__file__).with_name("matrix.py")), run_name="matrix")
-RECIPES, RESULTS = MATRIX["RECIPES"], MATRIX["RESULTS"]
+RECIPES, RESULTS, ANSWERS = MATRIX["RECIPES"], MATRIX["RESULTS"], MATRIX["answers"]
 PAIR_GUIDANCE, DEFAULT_GUIDANCE = 1.0, 3.0
 
 
@@ -30,7 +30,7 @@ def graded(name: str, folder: Path) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dpo_full", "mapo_full"])
+@pytest.mark.parametrize("name", ["dpo_full", "mapo_full", "flow_dpo_full", "flow_mapo_full"])
 def test_one_seed_improves_on_held_out_prompts(name: str, tmp_path: Path):
     result = graded(name, tmp_path / "run")
     assert result.interval[0] > 0.5, result
@@ -41,6 +41,27 @@ def test_swapped_pairs_make_the_model_worse(tmp_path: Path):
     """The sign test: only a loss that really reads the preference can pass both this and the test above."""
     result = graded("dpo_full_swapped", tmp_path / "run")
     assert result.interval[1] < 0.5, result
+
+
+@pytest.mark.slow
+def test_rewards_move_the_right_way_online(tmp_path: Path):
+    """One seed of policy gradient: the mean of the exact score rises on prompts it never sampled from."""
+    result = graded("grpo_full", tmp_path / "run")
+    assert result.mean > 0.5, result
+
+
+@pytest.mark.slow
+def test_language_models_hallucinate_less_and_look_at_the_image(tmp_path: Path):
+    """One seed of DPO and mDPO on LLaVA, and DPO trained blind, which must change nothing."""
+    extra = ("evaluate.limit=200", "evaluate.seeds=2")
+    runs = {
+        name: MATRIX["train"](RECIPES[name], seed=0, split="heldout", folder=tmp_path / name, extra=extra)
+        for name in ("llava_dpo", "llava_mdpo", "llava_dpo_blind")
+    }
+    tables = {name: ANSWERS.summarise([run]) for name, run in runs.items()}
+    for name in ("llava_dpo", "llava_mdpo"):
+        check_answers(name, "hallucinates less", tables[name])
+    check_answers("llava_dpo_blind", "as the base", tables["llava_dpo_blind"])
 
 
 @pytest.mark.learning
@@ -65,6 +86,9 @@ def test_committed_results_keep_their_claims():
 
 def check_claims(results: dict[str, Any]) -> None:
     for name, recipe in RECIPES.items():
+        if recipe.answers:
+            check_answers(name, recipe.claim, results[name])
+            continue
         row = results[name][f"graded@g{PAIR_GUIDANCE:g}"]
         (low, high), seeds = row["interval"], row["per_seed"]
         if recipe.claim == "better":
@@ -76,6 +100,17 @@ def check_claims(results: dict[str, Any]) -> None:
         elif recipe.claim == "not better":
             # Labels without information cannot help; the noise they train in may cost a little.
             assert low <= 0.5, (name, row)
+
+
+def check_answers(name: str, claim: str, table: dict[str, Any]) -> None:
+    fall, recall, length = table["hallucination"], table["recall"], table["mentioned"]
+    if claim == "hallucinates less":
+        assert fall["interval"][0] > 0.2, (name, fall)
+        # Saying less would lower hallucination for free.
+        assert recall["difference"] > -0.04, (name, recall)
+        assert abs(length["tuned"] / length["base"] - 1) < 0.07, (name, length)
+    elif claim == "as the base":
+        assert abs(fall["relative_fall"]) < 0.05, (name, fall)
 
 
 def test_scores_of_a_run_are_read_as_matrices(tmp_path: Path):
