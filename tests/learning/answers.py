@@ -105,6 +105,7 @@ def image_wins(run: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """`[P]`: 1 where the true image wins, ties ½; and `[P]`: the number of objects in the scene."""
     config = Config.model_validate(yaml.safe_load((run / "config.yaml").read_text()))
     questions = read_questions(f"builtin:scenes_{split}", config.evaluate.limit)
+    data = config.data.model_copy(update={"blind": False})  # a run that trained blind is asked with its eyes open
     rows = [
         Row(id=q.id, prompt=q.prompt, images=q.images, chosen=str(q.columns["truth"]), source=q.source)
         for q in questions
@@ -112,9 +113,9 @@ def image_wins(run: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     score_N2 = []
     tuned = config.model.model_copy(update={"lora": None, "adapters": [str(run / "final")]})
     for model in (tuned, config.model.model_copy(update={"lora": None})):
-        policy = load_policy(model, data=config.data, device="cpu", train=False)
+        policy = load_policy(model, data=data, device="cpu", train=False)
         # Its own seed: the crops that training saw must not be the ones that are asked about.
-        features = make_features(policy, config.data, None, seed=12345, rows=rows, negatives=True)
+        features = make_features(policy, data, None, seed=12345, rows=rows, negatives=True)
         values = []
         for start in range(0, len(rows), BATCH):
             some = rows[start : start + BATCH]

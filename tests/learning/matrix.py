@@ -67,7 +67,6 @@ RECIPES = {
     "sft_full": Recipe("synthetic/sdxl_mapo_full.yaml", ("method.preset=sft",), "control"),
     "flow_dpo_full": Recipe("synthetic/sd3_flow_dpo_full.yaml", (), "better"),
     "flow_dpo_full_swapped": Recipe("synthetic/sd3_flow_dpo_full.yaml", ("data.swap=true",), "worse"),
-    "flow_dpo_lora": Recipe("synthetic/sd3_flow_dpo_lora.yaml", (), "better"),
     "flow_mapo_full": Recipe("synthetic/sd3_mapo_full.yaml", (), "better"),
     "flow_mapo_full_swapped": Recipe("synthetic/sd3_mapo_full.yaml", ("data.swap=true",), "worse"),
     "grpo_full": Recipe("synthetic/sdxl_dance_grpo_full.yaml", (), "better"),
