@@ -81,4 +81,10 @@ def apply(module: Any, backend: str) -> None:
     if backend == "xformers":
         module.enable_xformers_memory_efficient_attention()
     elif backend == "flash":
+        processors = getattr(module, "attn_processors", {}).values()
+        if not any(hasattr(processor, "_attention_backend") for processor in processors):
+            raise ValueError(
+                f"model.attention = 'flash' has no effect on {type(module).__name__}, whose attention goes through SDPA. "
+                f"Use `sdpa`: PyTorch picks its flash kernel there by itself"
+            )
         module.set_attention_backend("_native_flash")

@@ -305,6 +305,8 @@ class Config(Section):
             "evaluate.every": self.evaluate.every is not None and self.evaluate.prompts is None,
             "data.num_crops": data.num_crops > 1 and data.crop == "center",
             "data.cache_dir": data.cache_dir is not None and not data.cache,
+            "data.image_negative.variants": data.image_negative is not None
+            and 0 < data.cache_reference < data.image_negative.variants,
             "train.betas": train.optimizer == "adafactor" and train.betas != TrainConfig.model_fields["betas"].default,
         }
         weighted = [r.name for r in (*self.evaluate.rewards, *self.evaluate.held_out) if r.weight != 1 or r.timeout]
@@ -316,6 +318,7 @@ class Config(Section):
             "evaluate.every": "previews need evaluate.prompts",
             "data.num_crops": "crop: center has one crop; set data.crop=random",
             "data.cache_dir": "data.cache is false",
+            "data.image_negative.variants": "data.cache_reference cycles through fewer draws; raise it to the variants",
             "train.betas": "adafactor has no Adam moments",
         }
         for key, without_effect in idle.items():
@@ -435,6 +438,10 @@ def _check_fits(config: Config, family: Any, method: Any) -> None:
     elif config.rewards:
         raise ValueError(
             "rewards: this method learns from fixed data and would ignore them; report them under evaluate.rewards"
+        )
+    if config.data.image_negative is not None and not getattr(method, "needs_negative", True):
+        raise ValueError(
+            "data.image_negative would do nothing: none of the configured losses contrasts images (copo does)"
         )
     if getattr(method, "needs_negative", False) and modality == "image":
         raise ValueError(

@@ -47,6 +47,8 @@ class GroupPolicyGradient:
     needs_negative = False
     step_losses = (clipped_surrogate,)
     unread = (
+        "model.timestep_density",
+        "model.timestep_shift",
         "train.accumulate",
         "train.num_draws",
         "train.score_chunk",

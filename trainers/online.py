@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from mmalign.advantages import Advantages
-from mmalign.config import ConfigError, LoadedConfig
+from mmalign.config import LoadedConfig
 from mmalign.data.groups import GroupSample
 from mmalign.losses.reduce import masked_mean
 from mmalign.policies.rollouts import Trajectory
@@ -35,12 +35,9 @@ def train(loaded: LoadedConfig) -> RunResult:
         if session.already_finished is not None:
             return session.already_finished
         config, accelerator = session.config.train, session.accelerator
-        method, policy = session.load_method(), session.load_policy()
+        method = session.load_method()
         updates = method.updates_per_rollout
-        if config.steps % updates:
-            raise ConfigError(
-                f"train.steps = {config.steps}: must be a multiple of method.updates_per_rollout = {updates}"
-            )
+        policy = session.load_policy()
         groups = session.load_prompts(policy, method)
         panel = session.load_panel(policy)
         state = session.restore(policy, groups)
@@ -120,7 +117,7 @@ def losses(
             ) -> Tensor:
                 reference = reference_mean(policy, replay, column) if method.needs_reference else None
                 part = method.loss(replay(column), old_B, advantage_B, reference)
-                values = {"loss": part.loss_B.detach(), **part.metrics}
+                values = {"loss": part.loss_B.detach(), **part.metrics} if denominator else {}
                 meter.add({n: masked_mean(v, weight_B, denominator) * processes for n, v in values.items()})
                 return masked_mean(part.loss_B, weight_B, denominator) * processes
 

@@ -35,6 +35,20 @@ class GroupSample:
         return f"{self.row.id}:{self.key.draw}"
 
 
+def check_even(
+    *, group_size: int, prompts_per_rollout: int, updates_per_rollout: int, batch_size: int, world_size: int
+) -> int:
+    """Samples of one micro-batch round over updates and processes. Raises `ConfigError` if they do not come out even."""
+    share = updates_per_rollout * world_size * batch_size
+    if group_size * prompts_per_rollout % share:
+        raise ConfigError(
+            f"{prompts_per_rollout} prompts x {group_size} samples = {group_size * prompts_per_rollout} cannot be dealt "
+            f"out to {updates_per_rollout} updates x {world_size} processes x train.batch_size {batch_size}: must be a "
+            f"multiple of {share}. Change method.prompts_per_rollout, method.group_size or train.batch_size"
+        )
+    return share
+
+
 class Groups:
     """The samples of each iteration, as this process meets them.
 
@@ -63,13 +77,13 @@ class Groups:
         world_size: int = 1,
     ) -> None:
         self.num_samples = group_size * prompts_per_rollout
-        share = updates_per_rollout * world_size * batch_size
-        if self.num_samples % share:
-            raise ConfigError(
-                f"{prompts_per_rollout} prompts x {group_size} samples = {self.num_samples} cannot be dealt out to "
-                f"{updates_per_rollout} updates x {world_size} processes x train.batch_size {batch_size}: must be a "
-                f"multiple of {share}. Change method.prompts_per_rollout, method.group_size or train.batch_size"
-            )
+        share = check_even(
+            group_size=group_size,
+            prompts_per_rollout=prompts_per_rollout,
+            updates_per_rollout=updates_per_rollout,
+            batch_size=batch_size,
+            world_size=world_size,
+        )
         self.features, self.seed, self.group_size = features, seed, group_size
         self.prompts_per_rollout, self.updates_per_rollout = prompts_per_rollout, updates_per_rollout
         self.batch_size, self.shared_noise = batch_size, shared_noise

@@ -27,5 +27,6 @@ def masked_mean(value: Tensor, weight: Tensor, denominator: Tensor | float | Non
     total = (torch.where(weight > 0, value, torch.zeros_like(value)) * weight).sum()
     if denominator is None:
         denominator = weight.sum()
-    denominator = torch.as_tensor(denominator, dtype=value.dtype, device=value.device)
-    return total / torch.where(denominator > 0, denominator, torch.ones_like(denominator))
+    if isinstance(denominator, Tensor):
+        return total / torch.where(denominator > 0, denominator, torch.ones_like(denominator))
+    return total / (denominator if denominator > 0 else 1.0)  # a number stays on the host: no transfer, no wait

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mmalign import attention, randomness
+from mmalign.attention import Backend
 from mmalign.builtin import resolve_path
 from mmalign.config import DataConfig, EmaConfig, ModelConfig
 from mmalign.diffusion.kernels import Steps, ddim_steps
@@ -27,6 +28,7 @@ from mmalign.policies.base import PreparedImage, View
 from mmalign.policies.rollouts import Replay, Trajectory, draw_noise
 from mmalign.policies.views import ADAPTER, Views, lean_copy
 from mmalign.policies.weights import DTYPES, dtype_argument, load_or_explain, weights_hash
+from mmalign.registry import nearest
 from mmalign.types import DrawKey, Request, Sample, Score
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,8 @@ class DiffusionPolicy:
     network_role = "unet"
     """Which component of the pipeline is trained."""
     text_roles = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    auto_attention: Backend = "auto"
+    """What `model.attention: auto` stands for."""
     kernels: tuple[str, ...] = ("ddim", "ode")
     """What its sampling steps can be (`mmalign.diffusion.kernels`)."""
     untouched: tuple[str, ...] = ("conv_in", "conv_out")
@@ -104,7 +108,8 @@ class DiffusionPolicy:
         self.dtype = DTYPES[config.dtype]
         self.size_ids = data.size_ids if data is not None else "true"
         # Decided before anything is loaded: a request that cannot run should fail in a second, not after 7 GB.
-        self.attention = attention.select(config.attention, device, self.dtype)
+        requested = self.auto_attention if config.attention == "auto" else config.attention
+        self.attention = attention.select(requested, device, self.dtype)
         self.pipe = self._load_pipeline()
         self.pipe.set_progress_bar_config(disable=True)
         module: Any = getattr(self.pipe, self.network_role)
@@ -159,11 +164,23 @@ class DiffusionPolicy:
                 self.config.vae,
                 lambda: diffusers.AutoencoderKL.from_pretrained(vae_path, **dtype_argument(torch.float32)),
             )
-        # The denoiser is stored in the compute dtype under LoRA; full fine-tuning keeps fp32 masters (see Views).
-        dtype = self.dtype if self.config.lora is not None or not self.train else torch.float32
+        # The network is stored in the compute dtype under LoRA; full fine-tuning keeps fp32 masters (see Views). The VAE
+        # is small and loses visible quality to rounding; what else is frozen is only ever computed in the compute dtype.
+        full = self.train and self.config.lora is None
+        network = torch.float32 if full else self.dtype
+        dtype: Any = {self.network_role: network, "vae": torch.float32, "default": self.dtype}
+        if self.dtype == torch.float32:
+            dtype = torch.float32
         loader = getattr(diffusers, self.pipeline_class)
         # A component that was saved as absent has to be passed as absent, or loading asks for it.
         absent = [name for name, entry in found.items() if isinstance(entry, (list, tuple)) and entry[0] is None]
+        unknown = [name for name in self.config.without if name not in found]
+        if unknown:
+            parts = sorted(name for name in found if not name.startswith("_"))
+            raise ValueError(
+                f"model.without: {unknown[0]!r} is no component of {self.config.path!r}{nearest(unknown[0], parts)}. "
+                f"Components: {', '.join(parts)}"
+            )
         options |= dict.fromkeys([*absent, *self.config.without]) | self.load_options(found)
         return load_or_explain(
             self.config.path,

@@ -18,6 +18,8 @@ class FlowPolicy(DiffusionPolicy):
     """A diffusers pipeline around one flow transformer."""
 
     network_role = "transformer"
+    # xformers wants queries, keys and values of one dtype; normalised queries of a network with fp32 masters are not.
+    auto_attention = "sdpa"
     kernels = ("dance_sde", "flow_sde", "ode")
     unread = tuple(key for key in DiffusionPolicy.unread if not key.startswith("model."))
 

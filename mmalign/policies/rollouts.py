@@ -72,6 +72,7 @@ def rollout(
         keys: name each sample's step noise. first_keys: name its initial noise (equal keys share it).
         index_BS: recorded steps, all of them stochastic.
     """
+    stochastic = steps.is_stochastic_S.tolist()  # asked on the host, before the tables move to the device
     steps = steps.to(policy.device)
     shape = policy.latent_shape
     x = policy.noise(shape, "rollout start", first_keys)
@@ -85,7 +86,7 @@ def rollout(
         A_B, B_B, std_B = steps.at(here)
         mean = kernels.transition(x, predict(x, steps.time_S[here]), A_B, B_B)
         following = mean
-        if bool(steps.is_stochastic_S[step]):
+        if stochastic[step]:
             following = kernels.sample(mean, std_B, policy.noise(shape, f"rollout {step}", keys))
         if step in wanted:
             before[step], after[step] = x, following

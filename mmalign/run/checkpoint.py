@@ -33,7 +33,7 @@ class LoopState:
     rows_seen: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     pending: dict[str, float] = field(default_factory=dict)
-    pending_steps: int = 0
+    pending_counts: dict[str, int] = field(default_factory=dict)
     stop_average: float | None = None
     reference: str = ""
     encoders: str = ""

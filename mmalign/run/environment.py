@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from mmalign.policies.load import default_device
 
@@ -24,7 +24,12 @@ def make_accelerator(dtype: str) -> Accelerator:
     return Accelerator(
         mixed_precision="fp16" if dtype == "fp16" else "no",
         cpu=default_device() == "cpu",  # unless told, accelerate starts several CPU processes as if each were alone
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(hours=24)),
+            # Gradients live in DDP's buckets instead of beside them: one copy of the trained weights less. Our buffers
+            # (position tables) never change, so nothing is gained by sending them with every forward.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+        ],
     )
 
 

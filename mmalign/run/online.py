@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmalign.config import ConfigError, LoadedConfig, reward_identity
-from mmalign.data.groups import Groups, GroupSample
+from mmalign.data.groups import Groups, GroupSample, check_even
 from mmalign.reward import RewardError, load_rewards
 from mmalign.run import atomic
 from mmalign.run.checkpoint import LoopState
@@ -29,6 +29,18 @@ class OnlineSession(Session):
     def load_method(self) -> Any:
         method = super().load_method()
         self.stride = method.updates_per_rollout
+        # Before anything is loaded: these are mistakes of the config.
+        if self.config.train.steps % self.stride:
+            raise ConfigError(
+                f"train.steps = {self.config.train.steps}: must be a multiple of method.updates_per_rollout = {self.stride}"
+            )
+        check_even(
+            group_size=method.group_size,
+            prompts_per_rollout=method.prompts_per_rollout,
+            updates_per_rollout=method.updates_per_rollout,
+            batch_size=self.config.train.batch_size,
+            world_size=self.accelerator.num_processes,
+        )
         self._reference_idle = not method.needs_reference
         return method
 
@@ -75,7 +87,7 @@ class OnlineSession(Session):
         training = [
             (scorer, reward.weight, reward.timeout) for scorer, reward in zip(scorers, config.rewards, strict=False)
         ]
-        return RewardPanel(training, scorers[len(config.rewards) :])
+        return RewardPanel(training, scorers[len(config.rewards) :], device=policy.device)
 
     def check_rewards(self, rewards: Rewards, samples: Sequence[GroupSample], iteration: int) -> None:
         """Keep a line of every missing score, and stop when a training reward has none at all."""
@@ -99,9 +111,14 @@ class OnlineSession(Session):
     def _list_failures(self, rewards: Rewards, samples: Sequence[GroupSample], iteration: int) -> None:
         path = self.folder.path / "reward_failures.jsonl"
         if not self._listing and path.is_file():  # what a killed run listed of iterations that are done again
-            kept = (line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}"))
-            lines = [line for line in kept if json.loads(line)["iteration"] < iteration]
-            atomic.write_text(path, "".join(f"{line}\n" for line in lines))
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["iteration"] < iteration:
+                        kept.append(line)
+                except (json.JSONDecodeError, KeyError):
+                    continue  # the half-written last line of a killed process
+            atomic.write_text(path, "".join(f"{line}\n" for line in kept))
         self._listing = True
         if rewards.failures:
             found = (

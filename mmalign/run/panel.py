@@ -64,14 +64,22 @@ class RewardPanel:
     Args:
         training: scorer, weight and timeout in seconds of each training reward.
         watched: held-out rewards, scored from the start and never used.
+        device: that rewards compute on.
     """
 
-    def __init__(self, training: Sequence[tuple[Scorer, float, float | None]], watched: Sequence[Scorer] = ()) -> None:
+    def __init__(
+        self,
+        training: Sequence[tuple[Scorer, float, float | None]],
+        watched: Sequence[Scorer] = (),
+        *,
+        device: torch.device | None = None,
+    ) -> None:
         self._rewards = [*training, *((scorer, 0.0, WATCHED_TIMEOUT) for scorer in watched)]
         self.num_training = len(training)
         self.names = tuple(scorer.name for scorer, _, _ in self._rewards)
         self.weights = tuple(weight for _, weight, _ in self._rewards)
-        self._workers = [_Worker() for _ in self._rewards]
+        self._device = device
+        self._workers = [_Worker(device) for _ in self._rewards]
         self._jobs: list[_Job] = []
         self._thumbnails: dict[int, np.ndarray] = {}
 
@@ -148,12 +156,15 @@ class RewardPanel:
             if error.problem != "exception" and job.column < self.num_training:
                 broken.append(str(error))
             reason = str(error)
+        except BaseException as error:  # SystemExit of a plug-in, say: one process must not leave the others waiting
+            broken.append(f"reward {self.names[job.column]!r} ended with {type(error).__name__}: {error}")
+            reason = broken[-1]
         return [float("nan")] * len(job.samples), [reason] * len(job.samples)
 
     def _replace_worker(self, column: int) -> None:
         """A worker that hangs is left behind; what waits in its queue goes to a new one."""
         self._workers[column].stop()
-        self._workers[column] = _Worker()
+        self._workers[column] = _Worker(self._device)
         for job in self._jobs:
             if job.column == column and job.future.cancel():
                 job.future = self._start(column, job.samples, job.images)
@@ -162,7 +173,8 @@ class RewardPanel:
 class _Worker:
     """A daemon thread with a queue: unlike a pool's threads it cannot keep a finished program alive."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None) -> None:
+        self._device = device
         self._queue: queue.SimpleQueue[tuple[Future, Callable[[], Any]] | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -175,6 +187,8 @@ class _Worker:
         self._queue.put(None)
 
     def _run(self) -> None:
+        if self._device is not None and self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # the current device belongs to the thread; its default is 0
         while (item := self._queue.get()) is not None:
             future, call = item
             if not future.set_running_or_notify_cancel():

@@ -323,7 +323,7 @@ class Session:
 
     @contextmanager
     def training(self, state: LoopState) -> Iterator[Meter]:
-        self._meter = Meter(state.pending, state.pending_steps)
+        self._meter = Meter(state.pending, state.pending_counts)
         self._bar = Bar(self.console, "train", self.config.train.steps, state.step, enabled=self.is_main)
         self._steps_here, self._rows_at_start = state.step, state.rows_seen
         self._train_started = time.monotonic()
@@ -349,7 +349,7 @@ class Session:
         if self.accelerator.scaler is not None:
             metrics["step_skipped"] = torch.full_like(norm, float(skipped))
         meter.add(metrics)
-        meter.num_steps += 1
+        meter.end_step()
         self.interrupted = self._anyone(bool(self.interruption.requested))
         last = state.step == config.train.steps
         if state.step % config.run.log_every == 0 or last:
@@ -417,7 +417,7 @@ class Session:
 
     def checkpoint(self, policy: Any, state: LoopState, meter: Meter) -> None:
         reduce = (lambda t: self.accelerator.reduce(t, "mean")) if self.accelerator.num_processes > 1 else None
-        state.pending, state.pending_steps = meter.pending(reduce), meter.num_steps
+        state.pending, state.pending_counts = meter.pending(reduce), dict(meter.counts)
         check_finite(state.pending, state.step)
         state.seconds = self.phases.seconds()
         if self.is_main:

@@ -25,12 +25,16 @@ logger = logging.getLogger(__name__)
 
 
 class Meter:
-    """Sums of metrics since the last line, kept on the device."""
+    """Sums of metrics since the last line, kept on the device.
 
-    def __init__(self, pending: Mapping[str, float], num_steps: int) -> None:
+    A metric that only some steps have (a watched reward that failed once) is averaged over those steps.
+    """
+
+    def __init__(self, pending: Mapping[str, float], counts: Mapping[str, int]) -> None:
         self._sums: dict[str, Tensor] = {name: torch.tensor(v, dtype=torch.float64) for name, v in pending.items()}
         # Restored sums stay float64 on the CPU until the first new value shows which device and type is used.
-        self.num_steps = num_steps
+        self.counts: dict[str, int] = dict(counts)
+        self._seen: set[str] = set()
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
         """Add scalars that are already this step's share of a mean."""
@@ -38,6 +42,13 @@ class Meter:
             value = value.detach()
             value = value if value.device.type == "mps" else value.double()  # no float64 there
             self._sums[name] = self._sums[name].to(value) + value if name in self._sums else value
+            self._seen.add(name)
+
+    def end_step(self) -> None:
+        """What was added since the last call is one optimizer step's."""
+        for name in self._seen:
+            self.counts[name] = self.counts.get(name, 0) + 1
+        self._seen.clear()
 
     def pending(self, reduce: Any = None) -> dict[str, float]:
         """The sums as numbers (one transfer), for a checkpoint; `reduce` averages a tensor over processes."""
@@ -54,8 +65,8 @@ class Meter:
         values = torch.stack([self._sums[name].float().to(self._sums[names[0]].device) for name in names])
         if reduce is not None:
             values = reduce(values)
-        means = {name: value / self.num_steps for name, value in zip(names, values.tolist(), strict=True)}
-        self._sums, self.num_steps = {}, 0
+        means = {name: value / self.counts[name] for name, value in zip(names, values.tolist(), strict=True)}
+        self._sums, self.counts = {}, {}
         return means
 
 
