@@ -7,25 +7,32 @@ from pathlib import Path
 import pytest
 
 import mmalign
+from mmalign.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs" / "synthetic").glob("*.yaml"))
-SHORT = [
-    "train.steps=2",
+SHORT = ["evaluate.limit=1", "evaluate.seeds=1", "run.tracker=none"]
+PAIRS = ["train.steps=2", "train.batch_size=4", "data.options.num_pairs=8"]
+ANSWERS = ["train.steps=2", "train.batch_size=4", "data.limit=8"]
+ROLLOUTS = [
+    "train.steps=4",
     "train.batch_size=4",
-    "data.options.num_pairs=8",
-    "evaluate.limit=1",
-    "evaluate.seeds=1",
-    "evaluate.num_steps=2",
-    "evaluate.guidance_scale=[1.0, 3.0]",
-    "run.tracker=none",
+    "method.num_steps=3",
+    "method.group_size=4",
+    "method.prompts_per_rollout=4",
 ]
+IMAGES = ["evaluate.num_steps=2", "evaluate.guidance_scale=[1.0, 3.0]"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_runs_end_to_end(recipe: str, tmp_path: Path):
-    result = mmalign.train(recipe, [*SHORT, f"output_dir={tmp_path / 'run'}"])
+    config = load_config(recipe).config
+    answers = config.model.family == "llava"
+    kind = ROLLOUTS if config.rewards else ANSWERS if answers else PAIRS
+    overrides = [*SHORT, *kind, *([] if answers else IMAGES), f"output_dir={tmp_path / 'run'}"]
+    result = mmalign.train(recipe, overrides)
     assert result.summary["status"] == "finished"
-    assert {entry["guidance_scale"] for entry in result.report["comparisons"]} == {1.0, 3.0}
+    if not answers:
+        assert {entry["guidance_scale"] for entry in result.report["comparisons"]} == {1.0, 3.0}
     for name in ("grid.png", "report.html", "final"):
         assert (result.folder / name).exists()
