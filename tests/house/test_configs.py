@@ -72,6 +72,7 @@ def test_recipe_header_says_command_cost_metric_and_evidence(path: str):
     text = "\n".join(lines).lower()
     for key in ("hardware:", "memory:", "time:", "metric:"):
         assert key in text, f"the header does not state {key}"
+    assert not re.search(r"\b(MEMORY|TIME|TODO)\b", "\n".join(lines)), "a placeholder was left in the header"
     levels = [match[1] for line in lines if (match := re.match(r"evidence:\s*(\w+)", line))]
     assert len(levels) == 1
     assert levels[0] in EVIDENCE
