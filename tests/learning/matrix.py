@@ -77,6 +77,10 @@ RECIPES = {
     "flow_grpo_full_flipped": Recipe(
         "synthetic/sd3_flow_grpo_full.yaml", ("rewards=[{name: synthetic_truth, weight: -1}]",), "worse"
     ),
+    "flow_dance_full": Recipe("synthetic/sd3_dance_grpo_full.yaml", (), "better"),
+    "flow_dance_full_flipped": Recipe(
+        "synthetic/sd3_dance_grpo_full.yaml", ("rewards=[{name: synthetic_truth, weight: -1}]",), "worse"
+    ),
     "llava_dpo": Recipe("synthetic/llava_dpo_lora.yaml", (), "hallucinates less"),
     "llava_mdpo": Recipe("synthetic/llava_mdpo_lora.yaml", (), "hallucinates less"),
     "llava_dpo_blind": Recipe("synthetic/llava_dpo_lora.yaml", ("data.blind=true",), "as the base"),
