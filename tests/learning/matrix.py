@@ -210,7 +210,13 @@ def main(arguments: list[str] | None = None) -> int:
         }
         print("mapo minus sft", json.dumps(results["mapo_minus_sft"]), flush=True)
     how = {
-        "command": " ".join(["python", "tests/learning/matrix.py", *arguments]),
+        "command": " ".join(
+            [
+                "python",
+                "tests/learning/matrix.py",
+                *("RUNS" if word == str(options.keep) else word for word in arguments),
+            ]
+        ),
         "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""),
         "split": options.split,
         "seeds": options.seeds,
