@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mmalign import randomness
-from mmalign.config import ConfigError
+from mmalign.config import ConfigError, TrainConfig
 from mmalign.data.batches import Order
 from mmalign.data.features import Features
 from mmalign.types import DrawKey, Row
@@ -92,6 +92,31 @@ class Groups:
         self.order = Order(len(rows), seed)
         self.rows_per_step = self.num_samples // updates_per_rollout
         self.accumulate = self.num_samples // share
+
+    @classmethod
+    def of(
+        cls,
+        method: Any,
+        rows: Sequence[Row],
+        features: Features,
+        train: TrainConfig,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Groups:
+        """As a step method and the `train` section ask for."""
+        return cls(
+            rows,
+            features,
+            seed=train.seed,
+            group_size=method.group_size,
+            prompts_per_rollout=method.prompts_per_rollout,
+            updates_per_rollout=method.updates_per_rollout,
+            batch_size=train.batch_size,
+            shared_noise=method.shared_noise,
+            rank=rank,
+            world_size=world_size,
+        )
 
     def samples(self, iteration: int) -> list[GroupSample]:
         """All samples of an iteration in canonical order."""

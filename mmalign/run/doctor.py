@@ -131,16 +131,7 @@ def examine_rollout(
     config: Config, policy: Any, method: Any, rows: Sequence[Row], features: Any
 ) -> tuple[list[str], Callable[[], Any]]:
     """What the preflight of an online run says, and its training forward."""
-    groups = Groups(
-        rows,
-        features,
-        seed=config.train.seed,
-        group_size=method.group_size,
-        prompts_per_rollout=method.prompts_per_rollout,
-        updates_per_rollout=method.updates_per_rollout,
-        batch_size=config.train.batch_size,
-        shared_noise=method.shared_noise,
-    )
+    groups = Groups.of(method, rows, features, config.train)
     trajectory = method.rollout(policy, groups, groups.mine(0)[0][0], 0)
     lines = probe_rollout(policy, trajectory, dtype=config.model.dtype)
     replay = policy.replayer(trajectory)

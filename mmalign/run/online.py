@@ -48,15 +48,11 @@ class OnlineSession(Session):
         """Read the prompts of an online run, encode what is not cached yet, and deal out the samples."""
         config = self.config
         rows, features = self.rows(policy, method)
-        return Groups(
+        return Groups.of(
+            method,
             rows,
             features,
-            seed=config.train.seed,
-            group_size=method.group_size,
-            prompts_per_rollout=method.prompts_per_rollout,
-            updates_per_rollout=method.updates_per_rollout,
-            batch_size=config.train.batch_size,
-            shared_noise=method.shared_noise,
+            config.train,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
         )
