@@ -6,7 +6,7 @@ Every key is declared here with its unit and source. An unknown key is an error 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -160,6 +160,10 @@ class EmaConfig(Section):
     """Decay per optimizer step, warmed up as min(decay, (1+n)/(10+n))."""
 
 
+LOOP_METRICS = ("loss", "grad_norm")
+"""What is logged whatever the method; the rest are the metrics of its loss."""
+
+
 class StopConfig(Section):
     metric: str = "chosen_error_delta"
     """A logged metric. `chosen_error_delta` is the winner's error minus the reference's: positive means the policy got
@@ -179,6 +183,15 @@ class StopConfig(Section):
                 f"other to null"
             )
         return self
+
+    def check_metric(self, logged: Iterable[str]) -> None:
+        """Raise `ConfigError` if the metric is not among those logged."""
+        names = sorted(logged)
+        if self.metric not in names:
+            raise ConfigError(
+                f"train.stop.metric = {self.metric!r} is not logged by this method{nearest(self.metric, names)}. "
+                f"Logged: {', '.join(names)}"
+            )
 
 
 class TrainConfig(Section):
@@ -319,7 +332,8 @@ class Config(Section):
         data, train = self.data, self.train
         idle = {
             "evaluate.every": self.evaluate.every is not None and self.evaluate.prompts is None,
-            "data.num_crops": data.num_crops > 1 and data.crop == "center",
+            "data.num_crops": data.num_crops > 1
+            and (data.crop == "center" or 0 < data.cache_reference < data.num_crops * train.num_draws),
             "data.cache_dir": data.cache_dir is not None and not data.cache,
             "data.image_negative.variants": data.image_negative is not None
             and 0 < data.cache_reference < data.image_negative.variants,
@@ -332,7 +346,9 @@ class Config(Section):
             )
         reasons = {
             "evaluate.every": "previews need evaluate.prompts",
-            "data.num_crops": "crop: center has one crop; set data.crop=random",
+            "data.num_crops": "crop: center has one crop; set data.crop=random"
+            if data.crop == "center"
+            else "data.cache_reference cycles through fewer visits; raise it to the crops x train.num_draws",
             "data.cache_dir": "data.cache is false",
             "data.image_negative.variants": "data.cache_reference cycles through fewer draws; raise it to the variants",
             "train.betas": "adafactor has no Adam moments",
@@ -441,6 +457,8 @@ def _check_fits(config: Config, family: Any, method: Any) -> None:
             f"model.family {config.model.family!r} gives {kind} scores, but the configured losses are defined for "
             f"{' and '.join(sorted(accepts)) or 'no common kind of'} scores. See docs/methods.md for what goes together"
         )
+    if config.train.stop is not None and hasattr(method, "logged") and kind is not None:
+        config.train.stop.check_metric((*LOOP_METRICS, *method.logged(kind)))
     if getattr(method, "loop", "") == "online":
         if not hasattr(family, "rollout"):
             raise ValueError(

@@ -100,17 +100,23 @@ def read_with_base(path: Path, origin: dict[str, str], seen: tuple[Path, ...]) -
         if not base_path.is_file():
             base_path = find_config(str(base))
         merged = read_with_base(base_path, origin, (*seen, path.resolve()))
-    _drop_replaced_method(merged, tree.get("method"), origin)
+    _drop_replaced(merged, tree, origin)
     _merge(merged, tree, origin, str(path))
     return merged
 
 
-def _drop_replaced_method(merged: dict[str, Any], method: Any, origin: dict[str, str]) -> None:
-    """Another preset or name starts the method section anew: the base's losses belong to the base's method."""
-    if isinstance(method, Mapping) and ("preset" in method or "name" in method) and "method" in merged:
-        del merged["method"]
-        for key in [key for key in origin if key.startswith("method.")]:
-            del origin[key]
+def _drop_replaced(merged: dict[str, Any], tree: Mapping[str, Any], origin: dict[str, str]) -> None:
+    """Another preset or name starts the method section anew: the base's losses belong to the base's method. So does
+    another data format the options: they are those of the base's reader."""
+    method, data, old = tree.get("method"), tree.get("data"), merged.get("data")
+    if isinstance(method, Mapping) and ("preset" in method or "name" in method):
+        merged.pop("method", None)
+        _forget_origin(origin, "method")
+    if not (isinstance(data, Mapping) and isinstance(old, dict) and "format" in data):
+        return
+    if old.get("format", "auto") not in ("auto", data["format"]):
+        old.pop("options", None)
+        _forget_origin(origin, "data.options")
 
 
 def _merge(into: dict[str, Any], tree: Mapping[str, Any], origin: dict[str, str], label: str, prefix: str = "") -> None:
@@ -123,9 +129,13 @@ def _merge(into: dict[str, Any], tree: Mapping[str, Any], origin: dict[str, str]
             _set_origin(origin, name, value, label)
 
 
-def _set_origin(origin: dict[str, str], name: str, value: Any, label: str) -> None:
+def _forget_origin(origin: dict[str, str], name: str) -> None:
     for known in [key for key in origin if key == name or key.startswith(f"{name}.")]:
         del origin[known]
+
+
+def _set_origin(origin: dict[str, str], name: str, value: Any, label: str) -> None:
+    _forget_origin(origin, name)
     for key, _ in flatten(value, name):
         origin[key] = label
 
@@ -143,10 +153,10 @@ def parse_value(pair: str) -> tuple[str, Any]:
 
 def apply_override(tree: dict[str, Any], override: str, origin: dict[str, str]) -> None:
     key, value = parse_value(override)
-    if key in ("method.preset", "method.name"):
-        _drop_replaced_method(tree, {"preset": value}, origin)
-    node = tree
     *parents, last = key.split(".")
+    if len(parents) == 1:
+        _drop_replaced(tree, {parents[0]: {last: value}}, origin)
+    node = tree
     for parent in parents:
         child = node.get(parent)
         if child is None:

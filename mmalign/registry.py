@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,18 @@ def _import(kind: str, spec: str) -> Any:
         public = [name for name in vars(module) if not name.startswith("_")]
         raise ValueError(f"{kind} {spec!r}: {module_name} has no {attribute!r}{nearest(attribute, public)}")
     return getattr(module, attribute)
+
+
+def file_digests(tree: Any) -> dict[str, str]:
+    """Digest of each file behind a `path/to/file.py:Name` anywhere in `tree` (mappings, lists, strings), by its path."""
+    if isinstance(tree, str):
+        file = tree.rpartition(":")[0]
+        path = Path(file).expanduser()
+        if not file.endswith(".py") or not path.is_file():
+            return {}
+        return {file: hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()}
+    parts = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, (list, tuple)) else ()
+    return {file: digest for part in parts for file, digest in file_digests(part).items()}
 
 
 def _load_file(kind: str, path: Path) -> Any:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 ModelSpec = str | tuple[str, str]
-FORMS = "a local folder, a hub id (hf-hub:ID for one in open_clip's format), or builtin:NAME"
+FIX = "Give a local folder, a hub id (hf-hub:ID for one in open_clip's format), or builtin:NAME"
 
 # CLIP score and the aesthetic head of one run share the towers they have in common.
 _loaded: WeakValueDictionary[tuple[Any, ...], ClipModel] = WeakValueDictionary()
@@ -154,9 +154,9 @@ def _open_clip(name: str, pretrained: str | None, dtype: torch.dtype, device: st
                 )
     model = f"{name} with {pretrained}" if pretrained else name.removeprefix("local-dir:")
     module, preprocess = load_or_explain(
-        model, lambda: open_clip.create_model_from_pretrained(name, pretrained, weights_only=True), FORMS
+        model, lambda: open_clip.create_model_from_pretrained(name, pretrained, weights_only=True), FIX
     )
-    tokenizer: Any = load_or_explain(model, lambda: open_clip.get_tokenizer(name), FORMS)
+    tokenizer: Any = load_or_explain(model, lambda: open_clip.get_tokenizer(name), FIX)
     text = getattr(module, "text", module)
     pool = getattr(module, "text_pool_type", getattr(text, "pool_type", None))
     inner = getattr(tokenizer, "tokenizer", None)
@@ -192,18 +192,18 @@ def _transformers(path: str, dtype: torch.dtype, device: str) -> ClipModel:
 
     from mmalign.policies.weights import load_or_explain
 
-    config = load_or_explain(path, lambda: AutoConfig.from_pretrained(path), FORMS)
+    config = load_or_explain(path, lambda: AutoConfig.from_pretrained(path), FIX)
     if config.model_type != "clip":
         raise ValueError(f"{path!r} is a {config.model_type!r} model, expected a CLIPModel (model_type 'clip')")
     loaded: Any = load_or_explain(
-        path, lambda: CLIPModel.from_pretrained(path, output_loading_info=True, dtype=dtype), FORMS
+        path, lambda: CLIPModel.from_pretrained(path, output_loading_info=True, dtype=dtype), FIX
     )
     module, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"{path!r} lacks {len(missing)} of CLIPModel's weights, e.g. {missing[0]!r}")
-    tokenizer: Any = load_or_explain(path, lambda: AutoTokenizer.from_pretrained(path), FORMS)
-    processor: Any = load_or_explain(path, lambda: AutoImageProcessor.from_pretrained(path), FORMS)
+    tokenizer: Any = load_or_explain(path, lambda: AutoTokenizer.from_pretrained(path), FIX)
+    processor: Any = load_or_explain(path, lambda: AutoImageProcessor.from_pretrained(path), FIX)
     eos, pooled_at = tokenizer.eos_token_id, config.text_config.eos_token_id
     # 2 is what configs older than transformers 4.31 hold; the text tower then pools at the highest id.
     highest = max(tokenizer.get_vocab().values())

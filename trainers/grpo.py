@@ -45,6 +45,7 @@ class GroupPolicyGradient:
 
     loop = "online"
     needs_negative = False
+    sides = ()
     step_losses = (clipped_surrogate,)
     unread = (
         "model.timestep_density",

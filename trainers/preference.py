@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mmalign import registry
-from mmalign.types import Batch, DataError, LossPart, Request, Row, Score
+from mmalign.types import Batch, DataError, LossPart, Request, Row, Score, ScoreKind
 
 KINDS = ("chosen", "rejected", "negative")
 INPUTS = ("preference_B", "chosen_length_B", *(f"{kind}_{what}_B" for kind in KINDS for what in ("ratio", "score")))
@@ -71,7 +71,8 @@ class Preference:
         self.needs_reference = any(name.endswith("_ratio_B") for name in asked)
         self.needs_rejected = any(name.startswith("rejected") for name in asked)
         self.needs_negative = any(name.startswith("negative") for name in asked)
-        self.kinds = ("chosen", *(("rejected",) * self.needs_rejected), *(("negative",) * self.needs_negative))
+        self.sides = ("chosen", *(("rejected",) * self.needs_rejected))
+        self.kinds = (*self.sides, *(("negative",) * self.needs_negative))
         # Losses that cannot read how sure the label is.
         self._unsure = [term for term in self.terms if "preference_B" not in term.inputs]
 
@@ -123,6 +124,15 @@ class Preference:
             for kind in self.kinds
             for context, target, keys in zip(*sides[kind], batch.keys, strict=True)
         ]
+
+    def logged(self, kind: ScoreKind) -> tuple[str, ...]:
+        """Names of the metrics of `loss` for scores of this kind, taken from the loss of one made-up row."""
+        num_requests = len(self.kinds)
+        score_R = torch.full((num_requests,), -0.1)
+        length_R = torch.ones(num_requests) if kind == "exact" else None
+        batch = Batch([Row("", "")], [None], [None], [None], [None], [()], torch.ones(1), [(0, 0)])
+        score = Score(score_R, score_R[:, None], kind, length_R)
+        return tuple(self.loss(batch, score, score_R if self.needs_reference else None).metrics)
 
     def loss(self, batch: Batch, policy: Score, reference_R: Tensor | None) -> LossPart:
         """Unreduced loss `[B]` from the policy's scores and, where needed, the reference's.

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-ORDER = ("prompts", "vae", "clip", "aesthetic", "sdxl", "sd15", "sd3", "llava", "llava_pairs")
+ORDER = ("prompts", "vae", "clip", "aesthetic", "sdxl", "sdxl_pairs", "sd15", "sd3", "llava", "llava_pairs")
 
 
 def main() -> None:

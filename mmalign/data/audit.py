@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -137,12 +137,17 @@ class Audit:
 
 
 def check_data(
-    config: DataConfig, *, resolution: int | None = None, progress: Callable[[int, int], None] | None = None
+    config: DataConfig,
+    *,
+    resolution: int | None = None,
+    cut_prompts: Callable[[Iterable[str]], set[str]] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Audit:
     """Read everything a config's `data` section names and audit it; bad rows become findings instead of errors.
 
     Args:
         resolution: training size in pixels, where `config.resolution` leaves it to the model.
+        cut_prompts: those of some prompts that are too long for the model (`DiffusionPolicy.cut_prompts`).
 
     Raises `DataError` when the data cannot be read at all, `ValueError` on an unknown reader or option.
     """
@@ -154,6 +159,7 @@ def check_data(
         counts=kept,
         bad=bad,
         resolution=config.resolution or resolution,
+        cut_prompts=cut_prompts,
         progress=progress,
     )
 
@@ -165,6 +171,7 @@ def audit_rows(
     counts: Mapping[str, int] | None = None,
     bad: Sequence[BadRow] = (),
     resolution: int | None = None,
+    cut_prompts: Callable[[Iterable[str]], set[str]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Audit:
     """Audit rows that are already read.
@@ -174,6 +181,7 @@ def audit_rows(
         counts: of the reader (`ties_dropped` …), to show.
         bad: rows the reader could not use.
         resolution: training size in pixels.
+        cut_prompts: those of some prompts that are too long for the model.
         progress: called with (rows done, rows in all).
     """
     collected = _Collected()
@@ -204,7 +212,7 @@ def audit_rows(
         image_sizes=dict(frequent),
         resolution=resolution,
         upsampled_share=len(below) / len(sizes) if resolution is not None and sizes else None,
-        findings=_findings(rows, bad, collected, resolution),
+        findings=_findings(rows, bad, collected, resolution, cut_prompts),
     )
 
 
@@ -292,8 +300,13 @@ def _content(side: ImageRef | str, looks: Mapping[int, _Look]) -> tuple[str, str
 
 
 def _findings(
-    rows: Sequence[Row], bad: Sequence[BadRow], collected: _Collected, resolution: int | None
+    rows: Sequence[Row],
+    bad: Sequence[BadRow],
+    collected: _Collected,
+    resolution: int | None,
+    cut_prompts: Callable[[Iterable[str]], set[str]] | None,
 ) -> list[Finding]:
+    cut = cut_prompts(row.prompt for row in rows) if cut_prompts is not None else set()
     ties = [row.source for row in rows if row.rejected is not None and row.preference == 0.5]
     small = [] if resolution is None else [source for source, side in collected.small if side < resolution]
     candidates: list[tuple[str, Severity, list[str], str]] = [
@@ -330,6 +343,12 @@ def _findings(
             "warning",
             [row.source for row in rows if not row.prompt.strip()],
             "the prompt is empty, allowed by allow_empty_prompt",
+        ),
+        (
+            "cut_prompt",
+            "warning",
+            [row.source for row in rows if row.prompt in cut],
+            "the prompt is longer than any text encoder reads; its end is cut",
         ),
         ("ties", "warning", ties if len(ties) < len(rows) else [], "kept as ties with preference 0.5"),
         ("below_resolution", "warning", small, f"an image is enlarged to {resolution} px, which trains on blur"),

@@ -94,22 +94,25 @@ class Batches:
     def make(self, visits: Sequence[tuple[int, int]]) -> Batch:
         """The batch of these (row index, visit) pairs.
 
-        What varies between visits (crop, flip, prompt dropout, image negative) follows from a visit's first draw.
+        What varies between visits (crop, flip, prompt dropout, image negative) follows from the visit's number, which is
+        cycled like the draws.
         """
         rows = [self.rows[index] for index, _ in visits]
         draws = [self._draws(visit) for _, visit in visits]
-        first = [ds[0] for ds in draws]
+        numbers = [ds[0] // self.num_draws for ds in draws]
         paired = [row for row in rows if row.rejected is not None]
         assert len(paired) in (0, len(rows)), "rows with and without `rejected` are told apart before training"
+        read = [side for side in self.features.sides if side == "chosen" or paired]
+        target = {side: self.features.targets(rows, side, numbers) for side in read}
         return Batch(
             rows=rows,
-            context=self.features.contexts(rows, first),
-            chosen=self.features.targets(rows, "chosen", first),
-            rejected=self.features.targets(rows, "rejected", first) if paired else [],
-            negative=self.features.negatives(rows, first) if self.negatives else [],
+            context=self.features.contexts(rows, numbers),
+            chosen=target.get("chosen", []),
+            rejected=target.get("rejected", []),
+            negative=self.features.negatives(rows, numbers) if self.negatives else [],
             keys=[[DrawKey(self.seed, row.id, d) for d in ds] for row, ds in zip(rows, draws, strict=True)],
             preference_B=torch.tensor([row.preference for row in rows]),
-            slot_B=[(index, ds[0] // self.num_draws) for (index, _), ds in zip(visits, draws, strict=True)],
+            slot_B=[(index, number) for (index, _), number in zip(visits, numbers, strict=True)],
         )
 
     def iterate(self, first_step: int, last_step: int) -> Iterator[Batch]:

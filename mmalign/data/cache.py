@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmalign.data.digests import DigestIndex, replace_file
 from mmalign.data.fields import BadRow
-from mmalign.types import DataError, Row
+from mmalign.types import DataError, Row, Side
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -185,6 +185,7 @@ def build_cache(
     seed: int,
     share: tuple[int, int] = (0, 1),
     negatives: bool = False,
+    sides: Sequence[Side] = ("chosen", "rejected"),
     progress: Callable[[int, int], None] | None = None,
     batch_size: int = 8,
 ) -> CacheReport:
@@ -196,6 +197,7 @@ def build_cache(
         seed: of the run; random crops and negatives depend on it.
         share: (process, processes); each encodes a slice of the rows, together they fill a shared cache.
         negatives: whether the method contrasts images, so that their negatives are encoded too.
+        sides: the responses that the method reads; images of the other one are hashed, not decoded.
         progress: called with (items done, items in all).
         batch_size: images or prompts per encoder call.
 
@@ -204,7 +206,7 @@ def build_cache(
     from mmalign.data.features import make_features
 
     started = time.monotonic()
-    features = make_features(policy, config, cache, seed=seed, rows=rows, negatives=negatives)
+    features = make_features(policy, config, cache, seed=seed, rows=rows, negatives=negatives, sides=sides)
     build = _Build(features, cache, config, batch_size)
     mine = rows[share[0] :: share[1]]
     prompts = features.prompt_entries(mine)

@@ -2,7 +2,7 @@
 
 `ImageFeatures` serves policies that draw images (prompt records, latents of both images), `TextFeatures` (in
 text_features.py) those that answer in text (token ids and vision features). With and without a cache the same records
-come out: they depend on the row, the draw and the seed alone.
+come out: they depend on the row, the visit and the seed alone.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     Record = dict[str, Tensor]
 
 CENTRE = (0.5, 0.5)
+SIDES: tuple[Side, Side] = ("chosen", "rejected")
 OVERFLOW = "SDXL's own VAE overflows in fp16: set model.dtype to bf16 or fp32, or model.vae to a VAE made for fp16"
 Kind = Literal["prompt", "image"]
 
@@ -43,19 +44,21 @@ class Entry:
 class Features(Protocol):
     """Looks up or encodes. May be called from several threads; the policy is called from one at a time.
 
-    `draws` holds each row's first draw id of this visit: what varies between visits (crop, flip, prompt dropout,
-    variant of a negative) follows from it.
+    `visits` holds how often each row was met before: what varies between visits (crop, flip, prompt dropout, variant
+    of a negative) follows from it.
     """
 
     cache: FeatureCache | None
+    sides: Sequence[Side]
+    """The responses that the method reads; no image of another one is encoded."""
 
-    def contexts(self, rows: Sequence[Row], draws: Sequence[int]) -> list[Any]:
+    def contexts(self, rows: Sequence[Row], visits: Sequence[int]) -> list[Any]:
         """What each row's response is conditioned on."""
 
-    def targets(self, rows: Sequence[Row], side: Side, draws: Sequence[int]) -> list[Any]:
+    def targets(self, rows: Sequence[Row], side: Side, visits: Sequence[int]) -> list[Any]:
         """The encoded `chosen` or `rejected` of each row."""
 
-    def negatives(self, rows: Sequence[Row], draws: Sequence[int]) -> list[Any]:
+    def negatives(self, rows: Sequence[Row], visits: Sequence[int]) -> list[Any]:
         """`contexts` with every image replaced by its negative. Raises `ValueError` where there are none."""
 
     def problem(self, row: Row) -> str | None:
@@ -82,6 +85,7 @@ def make_features(
     seed: int,
     rows: Sequence[Row] = (),
     negatives: bool = False,
+    sides: Sequence[Side] = SIDES,
 ) -> Features:
     """The features that fit the policy's modality.
 
@@ -90,12 +94,13 @@ def make_features(
         seed: of the run; crops, flips, dropout and negatives depend on it.
         rows: all rows of the run; `data.image_negative.kind: other` takes its images from them.
         negatives: whether the method contrasts images, so that `image_entries` names the negatives too.
+        sides: the responses that the method reads (`method.sides`).
     """
     if policy.modality == "text":
         from mmalign.data.text_features import TextFeatures
 
-        return TextFeatures(policy, config, cache, seed=seed, rows=rows, with_negatives=negatives)
-    return ImageFeatures(policy, config, cache, seed=seed)
+        return TextFeatures(policy, config, cache, seed=seed, rows=rows, with_negatives=negatives, sides=sides)
+    return ImageFeatures(policy, config, cache, seed=seed, sides=sides)
 
 
 class ImageFeatures:
@@ -106,24 +111,33 @@ class ImageFeatures:
         config: the `data` section.
         cache: None encodes at every call and keeps nothing.
         seed: of the run; random crops depend on it.
+        sides: the responses that the method reads.
     """
 
-    def __init__(self, policy: Any, config: DataConfig, cache: FeatureCache | None, *, seed: int) -> None:
-        self.policy, self.config, self.cache, self.seed = policy, config, cache, seed
+    def __init__(
+        self,
+        policy: Any,
+        config: DataConfig,
+        cache: FeatureCache | None,
+        *,
+        seed: int,
+        sides: Sequence[Side] = SIDES,
+    ) -> None:
+        self.policy, self.config, self.cache, self.seed, self.sides = policy, config, cache, seed, sides
         self.resolution = config.resolution or policy.resolution
         self._digests = cache.digests if cache is not None else DigestIndex(None)
         self._encoding = threading.Lock()
 
-    def contexts(self, rows: Sequence[Row], draws: Sequence[int]) -> list[Record]:
-        return self.prompts([self._prompt(row, draw) for row, draw in zip(rows, draws, strict=True)])
+    def contexts(self, rows: Sequence[Row], visits: Sequence[int]) -> list[Record]:
+        return self.prompts([self._prompt(row, visit) for row, visit in zip(rows, visits, strict=True)])
 
-    def targets(self, rows: Sequence[Row], side: Side, draws: Sequence[int]) -> list[Record]:
-        crop_ids = [draw % self.config.num_crops if self.config.crop == "random" else 0 for draw in draws]
-        flips = [self._flip(row, draw) for row, draw in zip(rows, draws, strict=True)]
+    def targets(self, rows: Sequence[Row], side: Side, visits: Sequence[int]) -> list[Record]:
+        crop_ids = [visit % self.config.num_crops if self.config.crop == "random" else 0 for visit in visits]
+        flips = [self._flip(row, visit) for row, visit in zip(rows, visits, strict=True)]
         refs = [_image_response(row, side) for row in rows]
         return self.images(refs, [row.id for row in rows], crop_ids, flips)
 
-    def negatives(self, rows: Sequence[Row], draws: Sequence[int]) -> list[Record]:
+    def negatives(self, rows: Sequence[Row], visits: Sequence[int]) -> list[Record]:
         raise ValueError(
             "image negatives belong to rows that show images and are answered in text; this model draws images from a "
             "prompt, so there is no image to replace. Use a method without image contrast"
@@ -144,7 +158,7 @@ class ImageFeatures:
         return [Entry(self.prompt_key(text), f"prompt {text[:80]!r}", partial(str, text)) for text in texts]
 
     def images_of(self, row: Row) -> list[ImageRef]:
-        return [side for side in (row.chosen, row.rejected) if isinstance(side, ImageRef)]
+        return [ref for side in self.sides if isinstance(ref := getattr(row, side), ImageRef)]
 
     def image_entries(self, row: Row) -> list[Entry]:
         return [self._entry(ref, row.id, *variant) for ref in self.images_of(row) for variant in self.variants()]
@@ -156,11 +170,11 @@ class ImageFeatures:
         key = self.image_key(ref, row_id, crop_id, flip)
         return Entry(key, ref.source, lambda: self.prepare(ref, row_id, crop_id, flip))
 
-    def _flip(self, row: Row, draw: int) -> bool:
-        return self.config.flip and uniform(self.seed, "flip", row.id, draw) < 0.5
+    def _flip(self, row: Row, visit: int) -> bool:
+        return self.config.flip and uniform(self.seed, "flip", row.id, visit) < 0.5
 
-    def _prompt(self, row: Row, draw: int) -> str:
-        dropped = uniform(self.seed, "prompt_dropout", row.id, draw) < self.config.prompt_dropout
+    def _prompt(self, row: Row, visit: int) -> str:
+        dropped = uniform(self.seed, "prompt_dropout", row.id, visit) < self.config.prompt_dropout
         return "" if dropped else row.prompt
 
     def prompt(self, text: str) -> Record:

@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -213,8 +214,10 @@ def check_rows(row_set: RowSet, features: Features, config: DataConfig, *, bad_r
     return drop_bad(row_set, list(_stop_or_pass(found, config)), bad_rows_path=bad_rows_path)
 
 
-def verify_images(row_set: RowSet, config: DataConfig, *, bad_rows_path: Path | None = None) -> RowSet:
-    """Decode every image once: what `data.cache: true` checks on the way, for runs without a cache.
+def verify_images(
+    row_set: RowSet, features: Features, config: DataConfig, *, bad_rows_path: Path | None = None
+) -> RowSet:
+    """Decode every image that the run reads once: what `data.cache: true` checks on the way, for runs without a cache.
 
     Without a cache and with `on_bad_row: skip`, call this after `load_rows`; otherwise the first broken image stops
     the run at the step that needs it.
@@ -222,7 +225,7 @@ def verify_images(row_set: RowSet, config: DataConfig, *, bad_rows_path: Path | 
     Raises `DataError` on the first row with an undecodable image or two identical ones (`on_bad_row: error`), else
     leaves these rows out.
     """
-    found = (problem for problem in map_threaded(image_problem, row_set.rows) if problem is not None)
+    found = (problem for problem in map_threaded(partial(image_problem, features), row_set.rows) if problem is not None)
     return drop_bad(row_set, list(_stop_or_pass(found, config)), bad_rows_path=bad_rows_path)
 
 
@@ -237,10 +240,10 @@ def stopped_by(problem: BadRow) -> DataError:
     return DataError(f"{problem}. (data.on_bad_row: skip leaves bad rows out and lists them)")
 
 
-def image_problem(row: Row) -> BadRow | None:
+def image_problem(features: Features, row: Row) -> BadRow | None:
     """What makes the images of a row unusable, found by reading them."""
     try:
-        for ref in images_of(row):
+        for ref in features.images_of(row):
             ref.open()
         return identical(row, ImageRef.digest)
     except DataError as error:

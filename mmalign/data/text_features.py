@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mmalign.config import NegativeConfig
 from mmalign.data.cache import FeatureCache, feature_key
 from mmalign.data.digests import DigestIndex
-from mmalign.data.features import Entry, Kind, checked_records, look_up_images
+from mmalign.data.features import SIDES, Entry, Kind, checked_records, look_up_images
 from mmalign.data.negatives import Others, black, make_negative
 from mmalign.data.texts import response_problem
 from mmalign.types import DataError, ImageRef, Row, Side
@@ -40,6 +40,7 @@ class TextFeatures:
         seed: of the run; image negatives depend on it.
         rows: all rows of the run; needed for `image_negative.kind: other` alone.
         with_negatives: whether `image_entries` names the negatives too.
+        sides: the responses that the method reads.
     """
 
     def __init__(
@@ -51,8 +52,9 @@ class TextFeatures:
         seed: int,
         rows: Sequence[Row] = (),
         with_negatives: bool = False,
+        sides: Sequence[Side] = SIDES,
     ) -> None:
-        self.policy, self.config, self.cache, self.seed = policy, config, cache, seed
+        self.policy, self.config, self.cache, self.seed, self.sides = policy, config, cache, seed, sides
         self.negative = config.image_negative or NegativeConfig()
         self.with_negatives = with_negatives
         self._rows = rows
@@ -63,19 +65,19 @@ class TextFeatures:
         self._tokenizing = threading.Lock()
         self._picking = threading.Lock()
 
-    def contexts(self, rows: Sequence[Row], draws: Sequence[int]) -> list[Any]:
+    def contexts(self, rows: Sequence[Row], visits: Sequence[int]) -> list[Any]:
         return self._contexts(rows, [self._shown(row) for row in rows])
 
-    def targets(self, rows: Sequence[Row], side: Side, draws: Sequence[int]) -> list[Any]:
+    def targets(self, rows: Sequence[Row], side: Side, visits: Sequence[int]) -> list[Any]:
         from mmalign.policies.tokens import TokenTarget
 
         return [TokenTarget(self._tokenize(row, side)[1]) for row in rows]
 
-    def negatives(self, rows: Sequence[Row], draws: Sequence[int]) -> list[Any]:
+    def negatives(self, rows: Sequence[Row], visits: Sequence[int]) -> list[Any]:
         for row in rows:
             if not row.images:
                 raise DataError(f"{row.source}: the row shows no image, so there is none to contrast it with")
-        variants = [draw % self.negative.variants for draw in draws]
+        variants = [visit % self.negative.variants for visit in visits]
         entries = [self._negatives(row, variant) for row, variant in zip(rows, variants, strict=True)]
         replaced = [replace(row, images=row.rejected_images) if row.rejected_images else row for row in rows]
         return self._contexts(replaced, entries)

@@ -88,7 +88,14 @@ class Policy(Protocol):
         """Write the current view in the field's format: a LoRA file or a full pipeline folder."""
 
 
-class StepPolicy(Policy, Protocol):
+class ImagePolicy(Policy, Protocol):
+    """A policy whose targets are images: what denoisers offer on top."""
+
+    def cut_prompts(self, prompts: Iterable[str]) -> set[str]:
+        """Those of `prompts` that no text encoder reads to the end."""
+
+
+class StepPolicy(ImagePolicy, Protocol):
     """A policy whose sampling steps are Gaussians: what policy-gradient methods ask for on top."""
 
     kernels: tuple[str, ...]
@@ -133,4 +140,4 @@ class PreparedImage(Protocol):
     crop_top_left: tuple[int, int]
 
 
-__all__ = ["ImageRef", "Policy", "PreparedImage", "StepPolicy", "TextPolicy", "View"]
+__all__ = ["ImagePolicy", "ImageRef", "Policy", "PreparedImage", "StepPolicy", "TextPolicy", "View"]

@@ -6,9 +6,10 @@ Shape legend: R requests, K draws, N = R·K network samples, C latent channels, 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,13 +29,14 @@ from mmalign.policies import rollouts
 from mmalign.policies.base import PreparedImage
 from mmalign.policies.rollouts import Replay, Trajectory, draw_noise
 from mmalign.policies.views import ADAPTER, OnViews, Views, lean_copy
-from mmalign.policies.weights import DTYPES, load_or_explain, same_weights, weights_hash
+from mmalign.policies.weights import DTYPES, PUT_BACK, load_or_explain, same_weights, stored_settings, weights_hash
 from mmalign.registry import nearest
 from mmalign.types import DrawKey, Request, Sample, Score
 
 logger = logging.getLogger(__name__)
 
-VAE_CHUNK = 8
+VAE_PIXELS = 8 * 512**2
+"""Of one VAE call, whose activations are the largest of the pipeline: SDXL's in fp32 takes 8 images of 512 px, 2 of 1024."""
 
 
 class DiffusionPolicy(OnViews):
@@ -122,8 +124,14 @@ class DiffusionPolicy(OnViews):
         self.scale_factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
         trained_at = int(module.config.sample_size) * self.scale_factor
         self.resolution = (data.resolution if data is not None else None) or trained_at
-        if self.resolution % self.scale_factor:
-            raise ValueError(f"data.resolution = {self.resolution}: must be a multiple of {self.scale_factor}")
+        multiple = self.scale_factor * module.config.get("patch_size", 1)  # a transformer cuts latents into patches
+        if self.resolution % multiple:
+            raise ValueError(f"data.resolution = {self.resolution}: must be a multiple of {multiple}")
+        largest = (module.config.get("pos_embed_max_size") or self.resolution) * multiple
+        if self.resolution > largest:
+            raise ValueError(
+                f"data.resolution = {self.resolution}: must be at most {largest}, what the model has places for"
+            )
         self.schedule = self.make_schedule()
         stacked = self._load_stacked_adapters()
         self.views = Views(
@@ -195,16 +203,15 @@ class DiffusionPolicy(OnViews):
             name = f"stacked_{index}"
             load_or_explain(path, partial(self.pipe.load_lora_weights, path, adapter_name=name))
             names.append(name)
+        if names:  # loading one makes it the only active one of a text encoder
+            self.pipe.set_adapters(names)
         return names
 
     def _make_reference(self) -> nn.Module:
-        network = type(self.module).from_pretrained(
-            resolve_path(self.config.path),
-            subfolder=self.network_role,
-            revision=self.config.revision,
-            variant=self.config.variant,
-            dtype=torch.float32,
-        )
+        path = resolve_path(self.config.path)
+        options = {"subfolder": self.network_role, "revision": self.config.revision, "variant": self.config.variant}
+        load = partial(type(self.module).from_pretrained, path, dtype=torch.float32, **options)
+        network = load_or_explain(self.config.path, load, PUT_BACK)
         attention.apply(network, self.attention)
         return lean_copy(network, self.dtype).to(self.device)
 
@@ -215,8 +222,9 @@ class DiffusionPolicy(OnViews):
         return {self.network_role: self.views.active(), "vae": self.pipe.vae, **self.text_encoders()}
 
     def reference_fingerprint(self) -> str:
-        """Hash of the weights as loaded; ask before the first step."""
-        return weights_hash({self.network_role: self.module}, self.name)
+        """Hash of the weights as loaded and of the settings that a score depends on; ask before the first step."""
+        parts = [stored_settings(part) for part in (self.module, self.pipe.scheduler, self.pipe.vae)]
+        return weights_hash({self.network_role: self.module}, f"{self.name}:{json.dumps(parts, sort_keys=True)}")
 
     # -- frozen encoders ---------------------------------------------------------------------------------------------
 
@@ -232,11 +240,28 @@ class DiffusionPolicy(OnViews):
             self._keys[kind] = weights_hash(modules, f"{self.name}:{kind}:{self.dtype}:{settings}")
         return self._keys[kind]
 
+    def tokenizers(self) -> dict[str, Any]:
+        """By text encoder."""
+        found = {role: getattr(self.pipe, role.replace("text_encoder", "tokenizer"), None) for role in self.text_roles}
+        return {role: tokenizer for role, tokenizer in found.items() if tokenizer is not None}
+
+    def prompt_limits(self) -> dict[str, int]:
+        """Tokens of a prompt, special ones included, that each text encoder reads."""
+        tokenizers = self.tokenizers()
+        return {role: tokenizers[role].model_max_length for role in self.text_encoders() if role in tokenizers}
+
+    def cut_prompts(self, prompts: Iterable[str]) -> set[str]:
+        """Those of `prompts` that no text encoder reads to the end."""
+        limits = self.prompt_limits()
+        cut = set(prompts) if limits else set()
+        for role, limit in limits.items():
+            texts = sorted(cut)
+            ids = self.tokenizers()[role](texts, verbose=False)["input_ids"] if texts else []
+            cut = {text for text, of_text in zip(texts, ids, strict=True) if len(of_text) > limit}
+        return cut
+
     def tokenizer_fingerprint(self) -> str:
-        tokenizers = [getattr(self.pipe, role.replace("text_encoder", "tokenizer"), None) for role in self.text_roles]
-        text = "".join(
-            str(sorted(t.get_vocab().items())) + str(t.model_max_length) for t in tokenizers if t is not None
-        )
+        text = "".join(str(sorted(t.get_vocab().items())) + str(t.model_max_length) for t in self.tokenizers().values())
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def release_encoders(self) -> list[str]:
@@ -257,15 +282,20 @@ class DiffusionPolicy(OnViews):
         self._place_text_encoders(self.device)
         return [{k: v.cpu() for k, v in record.items()} for record in self.encode_text(list(prompts))]
 
+    @property
+    def vae_chunk(self) -> int:
+        """Images of the training resolution in one VAE call, at most 8."""
+        return max(1, min(8, VAE_PIXELS // self.resolution**2))
+
     @torch.no_grad()
     def encode_images(self, images: Sequence[PreparedImage]) -> list[dict[str, Tensor]]:
         """Posterior mean and log-variance `[C, h, w]` and the size ids `[4]` of each image.
 
-        Images are encoded one shape at a time in chunks of 8: the VAE's activations are the largest of the pipeline.
+        Images are encoded one shape at a time.
         """
         records = []
-        for start in range(0, len(images), VAE_CHUNK):
-            chunk = images[start : start + VAE_CHUNK]
+        for start in range(0, len(images), self.vae_chunk):
+            chunk = images[start : start + self.vae_chunk]
             pixels = torch.stack([torch.from_numpy(np.array(image.pixels)) for image in chunk])
             pixels = pixels.permute(0, 3, 1, 2).to(self.device, self.pipe.vae.dtype) / 127.5 - 1
             posterior = self.pipe.vae.encode(pixels).latent_dist
@@ -429,7 +459,7 @@ class DiffusionPolicy(OnViews):
         else:
             latents = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
         images: list[Any] = []
-        for chunk in latents.split(VAE_CHUNK):
+        for chunk in latents.split(self.vae_chunk):
             decoded = vae.decode(chunk.to(vae.dtype), return_dict=False)[0].float()
             images += cast(list, self.pipe.image_processor.postprocess(decoded, output_type="pil"))
         return images

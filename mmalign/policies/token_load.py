@@ -11,7 +11,7 @@ import torch
 from mmalign import attention
 from mmalign.builtin import resolve_path
 from mmalign.config import ModelConfig
-from mmalign.policies.weights import load_or_explain
+from mmalign.policies.weights import GIVE, load_or_explain
 
 
 def load_processor(config: ModelConfig, model_type: str) -> Any:
@@ -35,8 +35,8 @@ def load_processor(config: ModelConfig, model_type: str) -> Any:
     return processor
 
 
-def load_model(config: ModelConfig, dtype: torch.dtype, backend: str) -> Any:
-    """The stock model, its weights in `dtype`."""
+def load_model(config: ModelConfig, dtype: torch.dtype, backend: str, fix: str = GIVE) -> Any:
+    """The stock model, its weights in `dtype`. Raises `ValueError` that ends with `fix`."""
     from transformers import AutoModelForImageTextToText
 
     options: dict[str, Any] = {"revision": config.revision, "variant": config.variant, "dtype": dtype}
@@ -46,7 +46,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype, backend: str) -> Any:
     def load() -> Any:
         return AutoModelForImageTextToText.from_pretrained(path, **options)
 
-    return load_or_explain(config.path, load)
+    return load_or_explain(config.path, load, fix)
 
 
 def load_adapters(model: Any, paths: Sequence[str]) -> list[str]:

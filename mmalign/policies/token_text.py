@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 ROLES = ("system", "user", "assistant")
 Dialogue = tuple[Turn, ...]
+PROBE = "(an answer)"
 
 
 class ChatText:
@@ -176,7 +177,7 @@ class ChatText:
                 "the chat template renders the prompt otherwise once it is answered, so the response has no exact span: "
                 f"{prompt_text[-60:]!r} is not where {text[-120:]!r} begins"
             )
-        text = self._end_turn(text, len(prompt_text))
+        text = self._end_turn(turns, text)
         prompt, full = self._ids(prompt_text), self._ids(text)
         if full[: len(prompt)] != prompt:
             raise _UnusableError(
@@ -188,14 +189,24 @@ class ChatText:
             raise _UnusableError(f"the response holds the model's image token {self.processor.image_token!r}")
         return ids_T
 
-    def _end_turn(self, text: str, start: int) -> str:
-        """A template that closes an answer with no special token gets the end-of-text token in that place.
+    def _end_turn(self, turns: Dialogue, text: str) -> str:
+        """`text` up to the first special token that the template writes after an answer: there a model stops.
 
-        LLaVA-1.5's ends with a space: trained on it, a model would forget where to stop.
+        ChatML writes a line break behind it, which no model is asked for. A template that writes no special token gets
+        the end-of-text token: LLaVA-1.5's ends with a space, and trained on it a model would forget where to stop.
         """
+        closing = self._render(turns, PROBE).rpartition(PROBE)[2]
+        if not text.endswith(closing):
+            raise _UnusableError(
+                f"the chat template ends this answer otherwise than another, so its end is unknown: {text[-60:]!r} does "
+                f"not end with {closing!r}"
+            )
+        ends = [closing.index(token) + len(token) for token in self.tokenizer.all_special_tokens if token in closing]
+        if ends:
+            return text[: len(text) - len(closing) + min(ends)]
         end = self.tokenizer.eos_token
-        if end is None or any(token in text[start:] for token in self.tokenizer.all_special_tokens):
-            return text
+        if end is None or text.rstrip().endswith(end):  # some data sets write it into their answers
+            return text.rstrip()
         self._say_once(f"the chat template ends an answer with no special token; {end!r} is added as end of turn")
         return text.rstrip() + end
 

@@ -32,7 +32,7 @@ from mmalign.policies.token_network import Parts, TokenNetwork
 from mmalign.policies.token_rows import TokenContext, TokenTarget, pack
 from mmalign.policies.token_text import ChatText
 from mmalign.policies.views import ADAPTER, OnViews, Views, lean_copy
-from mmalign.policies.weights import DTYPES, weights_hash
+from mmalign.policies.weights import DTYPES, PUT_BACK, weights_hash
 from mmalign.types import Answer, ImageRef, Request, Row, Score, Side
 
 __all__ = ["TokenContext", "TokenPolicy", "TokenTarget"]
@@ -150,7 +150,8 @@ class TokenPolicy(OnViews):
         self._keys: dict[str, str] = {}
 
     def _make_reference(self) -> nn.Module:
-        model = lean_copy(load_model(self.config, torch.float32, self.attention), self.dtype).to(self.device)
+        base = load_model(self.config, torch.float32, self.attention, PUT_BACK)
+        model = lean_copy(base, self.dtype).to(self.device)
         parent, _, leaf = self.vision_role.rpartition(".")
         setattr(model.get_submodule(parent), leaf, self.parts(self.model).vision)
         return model

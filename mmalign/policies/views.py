@@ -258,10 +258,17 @@ def lean_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Store matmul and conv weights in the autocast dtype: half the memory, the same numbers.
 
     Autocast casts exactly these weights before use, so the policy's fp32 masters and this copy compute alike; norms and
-    embeddings, which autocast leaves alone, stay fp32.
+    embeddings, which autocast leaves alone, stay fp32, and so does an output layer tied to an embedding.
     """
-    if dtype != torch.float32:
-        for module in network.modules():
-            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-                module.to(dtype)
+    if dtype == torch.float32:
+        return network
+    cast, kept = [], set()
+    for module in network.modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            cast.append(module)
+        else:
+            kept |= {id(parameter) for parameter in module.parameters(recurse=False)}
+    for module in cast:
+        if not any(id(parameter) in kept for parameter in module.parameters()):
+            module.to(dtype)
     return network

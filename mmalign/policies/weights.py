@@ -5,32 +5,37 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 T = TypeVar("T")
+GIVE = "Give a local folder, a hub id, or builtin:NAME"
+PUT_BACK = "Full fine-tuning loads the base again, as the reference it is compared with: put it back as it was"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load_or_explain(path: str, load: Callable[[], T], forms: str = "a local folder, a hub id, or builtin:NAME") -> T:
-    """Run a hub or disk loader; turn its many failures into one line that names the path and the fix (`forms`)."""
+def load_or_explain(path: str, load: Callable[[], T], fix: str = GIVE) -> T:
+    """Run a hub or disk loader; turn its many failures into one line that names the path and ends with `fix`."""
     try:
         return load()
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         text = " ".join(str(error).split())[:400].rstrip(".")
-        if _hub_out_of_reach(error):  # the loaders then speak of a missing file, or not of the path at all
+        # The loaders then speak of a missing file or of the network, or not of the path at all.
+        if _caused_by(error, HFValidationError) and not Path(path).exists():
+            text = "it is not on this disk, and no hub id is written like this"
+        elif _caused_by(error, LocalEntryNotFoundError):
             lacks = "a file that it refers to" if Path(path).exists() else "it"
             where = "" if Path(path).exists() else "it is not on this disk, and "
             text = f"{where}the hub is not reachable (or HF_HUB_OFFLINE is set) and its cache lacks {lacks}"
-        raise ValueError(f"cannot load {path!r}: {text}. Give {forms}") from error
+        raise ValueError(f"cannot load {path!r}: {text}. {fix}") from error
 
 
-def _hub_out_of_reach(error: BaseException | None) -> bool:
-    while error is not None and not isinstance(error, LocalEntryNotFoundError):
+def _caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:
+    while error is not None and not isinstance(error, kind):
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return error is not None
 
@@ -43,6 +48,12 @@ def weights_hash(modules: dict[str, nn.Module], salt: str) -> str:
             digest.update(f"{role}.{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def stored_settings(part: Any) -> dict[str, Any]:
+    """What the config file of a diffusers component says: without its path, version, and what the library fills in."""
+    filled_in = part.config.get("_use_default_values", ())
+    return {key: value for key, value in part.config.items() if not key.startswith("_") and key not in filled_in}
 
 
 def weights_checksum(state: Mapping[str, Tensor]) -> str:

@@ -38,6 +38,7 @@ class LoopState:
     reference: str = ""
     encoders: str = ""
     data: str = ""
+    code: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -109,9 +110,9 @@ def read_state(checkpoint: Path) -> LoopState:
 
 
 def check_belongs(saved: LoopState, now: LoopState, checkpoint: Path) -> None:
-    """Raises `CheckpointError` if the base model, the encoders or the data are not those of the checkpoint."""
+    """Raises `CheckpointError` if base model, encoders, data or the user's own code are not those of the checkpoint."""
     for what, found, expected in (
-        ("base model's weights", saved.reference, now.reference),
+        ("base model's weights or settings", saved.reference, now.reference),
         ("frozen encoders", saved.encoders, now.encoders),
         ("training data", saved.data, now.data),
     ):
@@ -119,6 +120,12 @@ def check_belongs(saved: LoopState, now: LoopState, checkpoint: Path) -> None:
             raise CheckpointError(
                 f"{checkpoint} belongs to other {what} (fingerprint {found}, now {expected}): what the same path holds "
                 f"has changed. Give a new output_dir, or put the old {what} back"
+            )
+    for file, digest in now.code.items():
+        if saved.code.get(file, digest) != digest:
+            raise CheckpointError(
+                f"{checkpoint} was trained with another content of {file} (fingerprint {saved.code[file]}, now {digest}): "
+                f"it would not continue the same run. Give a new output_dir, or put the old file back"
             )
 
 

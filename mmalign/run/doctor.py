@@ -77,13 +77,23 @@ def examine_config(config: Config, console: Console) -> tuple[dict[str, Any], li
     """Golden numbers on the config's own first batch, memory by part, data audit."""
     problems: list[str] = []
     policy = load_policy(config.model, data=config.data, seed=config.train.seed)
-    audit = audit_data(config.data, resolution=getattr(policy, "resolution", None))
+    audit = audit_data(
+        config.data,
+        resolution=getattr(policy, "resolution", None),
+        cut_prompts=getattr(policy, "cut_prompts", None),
+    )
     problems += [f"data: {f.count} rows {f.meaning}" for f in audit.findings if f.severity == "error"]
     row_set = load_rows(config.data, seed=config.train.seed)
     method = registry.resolve("method", config.method.name)(**config.method.options())
     method.check_rows(row_set.rows)
     features = make_features(
-        policy, config.data, None, seed=config.train.seed, rows=row_set.rows, negatives=method.needs_negative
+        policy,
+        config.data,
+        None,
+        seed=config.train.seed,
+        rows=row_set.rows,
+        negatives=method.needs_negative,
+        sides=method.sides,
     )
     examine = examine_rollout if method.loop == "online" else examine_scores
     golden: list[str] = []
@@ -218,6 +228,9 @@ def show(console: Console, findings: dict[str, Any]) -> None:
             console.print(f"golden: {line}", highlight=False, soft_wrap=True)
         counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in config["data"]["counts"].items())
         console.print(f"data: {counts}", highlight=False, soft_wrap=True)
+        for finding in config["data"]["findings"]:
+            if finding["severity"] == "warning":
+                console.print(f"data: {finding['count']} rows: {finding['meaning']}", highlight=False, soft_wrap=True)
     for problem in findings["problems"]:
         console.print(f"[red]problem[/] {problem}", highlight=False, soft_wrap=True)
     if not findings["problems"]:
@@ -250,5 +263,6 @@ def cache_data(source: str, overrides: Sequence[str]) -> None:
         FeatureCache(folder),
         seed=config.train.seed,
         negatives=method.needs_negative,
+        sides=method.sides,
     )
     console.print(f"cache {folder}: {report}", highlight=False, soft_wrap=True)

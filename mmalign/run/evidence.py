@@ -1,14 +1,18 @@
 """The evaluation that ends a run: tried out before anything is spent on training, held with rewards that are loaded once.
 
 A reward that an online run trains with, or watches, stays loaded for the evaluation. Other rewards of the evaluation are
-loaded twice: on the CPU before the training, to find mistakes, and again at its end. Between the two they take no memory.
+loaded twice on the run's device: before the model, to find mistakes, and again at the end. Between the two they take no
+memory.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mmalign import registry
 from mmalign.config import Config, RewardConfig, reward_identity
@@ -17,6 +21,10 @@ from mmalign.policies.base import View
 from mmalign.reward import Scorer, load_rewards
 
 FILES = ("grid.png", "report.html", "report.json", "scores.jsonl", "answers.jsonl", "summary.json")
+
+
+class EvidenceError(ValueError):
+    """The evaluation of a finished training failed; the trained weights are written."""
 
 
 class Evidence:
@@ -36,14 +44,17 @@ class Evidence:
         self._loaded = dict(zip(map(reward_identity, ordered), load_rewards(ordered, device), strict=True))
         return [self._loaded[reward_identity(spec)] for spec in specs]
 
-    def check(self) -> None:
-        """Find mistakes before they cost a training; needs no accelerator, and one process is enough.
+    def check(self, device: Any) -> None:
+        """Find mistakes before they cost a training; one process is enough. Rewards are loaded on `device` and freed again.
 
         Raises `ValueError` for a bad prompt list, and for a reward that cannot be loaded or is for the other modality.
         """
         if self.config.evaluate.prompts is not None:
             modality = registry.resolve("family", self.config.model.family).modality
-            check_evaluation(modality, self.config.evaluate, load_rewards(self._specs, "cpu", loaded=self._loaded))
+            check_evaluation(modality, self.config.evaluate, load_rewards(self._specs, device, loaded=self._loaded))
+            gc.collect()  # a model that refers to itself waits for it
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def withdraw(self, folder: Path) -> None:
         """Remove what an earlier end of a run that is now longer left in `folder`: it speaks of other weights.

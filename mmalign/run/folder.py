@@ -1,5 +1,7 @@
 """The run folder: one run at a time, same config on resume, finished runs say so.
 
+A run that ended before its first checkpoint binds nobody: the next start may have another config and begins anew.
+
 Layout: config.yaml (resolved), metrics.jsonl, tracker_id (wandb, trackio), checkpoints/step_N/, final/, samples/, grid.png,
 report.html, report.json, summary.json.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,17 @@ from mmalign.run import atomic
 # Keys that do not change the trajectory of the weights and may differ when a run is continued.
 # `train.accumulate` is checked by what it stands for: the rows of a step must stay the same (`Session.restore`).
 FREE_KEYS = ("evaluate", "checkpoint", "run", "output_dir", "data.num_workers", "data.cache_dir", "train.accumulate")
+
+# What a run leaves before its first checkpoint; the next one starts without it.
+BEGUN = (
+    "config.yaml",
+    "checkpoints",
+    "metrics.jsonl",
+    "reward_failures.jsonl",
+    "samples",
+    "tensorboard",
+    "tracker_id",
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +87,7 @@ class RunFolder:
                 f"output_dir {str(self.path)!r} already holds a run and run.resume = 'never'. "
                 f"Give a new folder, or run.resume=auto to continue"
             )
-        if used:
+        if used and not self._came_to_nothing():
             check_same_trajectory(found, self.config)
         self._made = not self.path.is_dir()
         self._begun = used
@@ -87,9 +101,22 @@ class RunFolder:
     def begin(self) -> None:
         """Training is about to start: from here on the folder belongs to this config."""
         if self.is_main:
+            if self._came_to_nothing():  # maybe of another config
+                for name in BEGUN:
+                    path = self.path / name
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             atomic.write_text(self.path / "config.yaml", to_yaml(self.config))
             self.checkpoints.mkdir(exist_ok=True)
         self._begun = True
+
+    def _came_to_nothing(self) -> bool:
+        """Whether a run has begun here and left no weights, and nobody anything else: out of memory at its first step, say."""
+        names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
+        return (
+            self.checkpoints.is_dir()
+            and not any(self.checkpoints.glob("step_*"))
+            and all(name in BEGUN or _is_leftover(name) for name in names)
+        )
 
     @property
     def checkpoints(self) -> Path:
@@ -131,7 +158,7 @@ class RunFolder:
 
 
 def _is_leftover(name: str) -> bool:
-    """Whether a run that was stopped or killed before its first step leaves this behind."""
+    """Whether a run that was refused or killed before its first step leaves this behind; the next one can use it."""
     return name in (".lock", "bad_rows.jsonl", "reference.safetensors") or name.startswith(atomic.TEMPORARY)
 
 

@@ -10,8 +10,10 @@ import torch
 from mmalign.config import TrainConfig
 
 
-def make_optimizer(config: TrainConfig, parameters: Sequence[torch.nn.Parameter], device: torch.device) -> Any:
-    """AdamW (fused on CUDA), 8-bit AdamW or Adafactor.
+def make_optimizer(
+    config: TrainConfig, parameters: Sequence[torch.nn.Parameter], device: torch.device, *, scaled: bool = False
+) -> Any:
+    """AdamW (fused on CUDA), 8-bit AdamW or Adafactor; `scaled`: its gradients come from an fp16 gradient scaler.
 
     Raises `ValueError` when a backend is missing.
     """
@@ -22,7 +24,8 @@ def make_optimizer(config: TrainConfig, parameters: Sequence[torch.nn.Parameter]
         "weight_decay": config.weight_decay,
     }
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, fused=device.type == "cuda" or None, **adam)
+        # The fused step is called on an overflow too and skips by itself: accelerate would count it as done.
+        return torch.optim.AdamW(parameters, fused=(device.type == "cuda" and not scaled) or None, **adam)
     if config.optimizer == "adafactor":
         from transformers.optimization import Adafactor
 

@@ -5,6 +5,7 @@ Step-0 golden loss, implicit accuracy ½, a gradient for every trained tensor, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,7 @@ class Preflight:
     score_gradient: float
     kind: ScoreKind
     num_tensors: int
-    num_zero_gradients: int
+    zero_gradients: tuple[str, ...]
     metrics: tuple[str, ...]
 
     def lines(self) -> list[str]:
@@ -47,7 +48,7 @@ class Preflight:
         return [
             f"step-0 loss {self.loss:.6f} (golden {golden}){accuracy}",
             f"gradient factor mean |∂loss/∂score| = {self.score_gradient:.4g} per unit of score ({UNIT[self.kind]})",
-            reach_line(self.num_tensors, self.num_zero_gradients),
+            reach_line(self.num_tensors, self.zero_gradients),
         ]
 
 
@@ -90,7 +91,7 @@ def probe(
     accuracy = part.metrics.get("implicit_accuracy") if reference_R is not None else None
     for some in chunks(requests, chunk):
         (policy.score([requests[index] for index in some]).value_R * gradient_R[some]).sum().backward()
-    num_tensors, num_zero = gradient_reach(policy)
+    num_tensors, zero = gradient_reach(policy)
     return Preflight(
         loss=seen,
         golden=golden,
@@ -99,18 +100,26 @@ def probe(
         score_gradient=float(gradient_R.abs().mean()) * len(batch),
         kind=score.kind,
         num_tensors=num_tensors,
-        num_zero_gradients=num_zero,
-        metrics=("loss", *part.metrics, "grad_norm"),
+        zero_gradients=zero,
+        metrics=tuple(part.metrics),
     )
 
 
-def reach_line(num_tensors: int, num_zero: int) -> str:
-    zero = f"; {num_zero} have zero gradient on this batch (LoRA A factors do while B = 0)" if num_zero else ""
-    return f"gradients reach {num_tensors - num_zero} of {num_tensors} trained tensors{zero}"
+def reach_line(num_tensors: int, zero: Sequence[str]) -> str:
+    others = [name for name in zero if ".lora_A." not in name]
+    parts = [f"gradients reach {num_tensors - len(zero)} of {num_tensors} trained tensors"]
+    if len(others) < len(zero):
+        parts.append(f"{len(zero) - len(others)} LoRA A factors have zero gradient while B = 0")
+    if others:
+        parts.append(
+            f"{len(others)} with zero gradient on this batch (unused by the model, or too small for the dtype), "
+            f"e.g. {others[:3]}"
+        )
+    return "; ".join(parts)
 
 
-def gradient_reach(policy: Any) -> tuple[int, int]:
-    """(trained tensors, those with zero gradient) after a backward pass; the gradients are cleared.
+def gradient_reach(policy: Any) -> tuple[int, tuple[str, ...]]:
+    """(number of trained tensors, names of those with zero gradient) after a backward pass; the gradients are cleared.
 
     Raises `PreflightError` if a tensor got none, if all are zero, or if one is not finite.
     """
@@ -124,10 +133,10 @@ def gradient_reach(policy: Any) -> tuple[int, int]:
         parameter.grad = None
     if not bool(torch.isfinite(norms).all()):
         raise PreflightError("the gradient of the first batch is not finite; try model.dtype=bf16 or fp32")
-    num_zero = int((norms == 0).sum())
-    if num_zero == len(norms):
+    zero = tuple(name for name, norm in zip(names, norms.tolist(), strict=True) if norm == 0)
+    if len(zero) == len(names):
         raise PreflightError("all gradients of the first batch are exactly zero: nothing would be trained")
-    return len(names), num_zero
+    return len(names), zero
 
 
 def probe_rollout(policy: Any, trajectory: Trajectory, *, dtype: str) -> list[str]:
@@ -154,10 +163,10 @@ def probe_rollout(policy: Any, trajectory: Trajectory, *, dtype: str) -> list[st
             f"non-deterministic kernels"
         )
     with_gradient_B.mean().backward()
-    num_tensors, num_zero = gradient_reach(policy)
+    num_tensors, zero = gradient_reach(policy)
     return [
         f"replay of the rollout: log-probs differ by at most {worst:.1e} per element (allowed {tolerance:.0e}), ratio 1",
-        reach_line(num_tensors, num_zero),
+        reach_line(num_tensors, zero),
     ]
 
 

@@ -30,7 +30,7 @@ class ReferenceCache:
 
     Args:
         path: file the table is kept in; an interrupted build continues.
-        fingerprint: identity of reference weights, data, seed, augmentation and method; another one starts anew.
+        fingerprint: identity of reference weights, data, seed, augmentation, model and method; another one starts anew.
     """
 
     def __init__(self, path: Path, fingerprint: str, *, num_rows: int, num_visits: int, requests_per_row: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mmalign import randomness, registry
-from mmalign.config import Config, ConfigError, LoadedConfig, dump
+from mmalign.config import LOOP_METRICS, Config, ConfigError, LoadedConfig, dump
 from mmalign.data.batches import Batches
 from mmalign.data.cache import FeatureCache, build_cache, cache_folder
 from mmalign.data.features import Features, make_features
@@ -29,7 +29,7 @@ from mmalign.policies.load import load_policy
 from mmalign.run import atomic, checkpoint, optim
 from mmalign.run.checkpoint import LoopState, Trainable
 from mmalign.run.environment import make_accelerator, peak_memory, quiet_libraries
-from mmalign.run.evidence import Evidence
+from mmalign.run.evidence import Evidence, EvidenceError
 from mmalign.run.folder import RunFolder, RunResult
 from mmalign.run.phases import Phases
 from mmalign.run.preflight import probe
@@ -69,6 +69,7 @@ class Session:
         self.interrupted = self.stopped_by_rule = False
         self.stop_rule = StopRule(self.config.train.stop) if self.config.train.stop is not None else None
         self.evidence = Evidence(self.config)
+        self._code = registry.file_digests([self.config.model.family, self.config.method.model_dump()])
         self.phases = Phases()
         self.optimizer: Any = None
         self.scheduler: Any = None
@@ -130,7 +131,7 @@ class Session:
         failure: Exception | None = None
         if self.is_main:
             try:
-                self.evidence.check()
+                self.evidence.check(self.accelerator.device)
             except Exception as error:
                 failure = error
         if self._anyone(failure is not None):
@@ -162,15 +163,17 @@ class Session:
         config, seed = self.config, self.config.train.seed
         bad_rows = self.folder.path / "bad_rows.jsonl" if self.is_main else None
         cache = FeatureCache(cache_folder(config.data)) if config.data.cache else None
-        negatives = method.needs_negative
+        negatives, sides = method.needs_negative, method.sides
         with self.phase("data"):
             row_set = load_rows(config.data, seed=seed, bad_rows_path=bad_rows)
             method.check_rows(row_set.rows)
             if cache is None:
-                features = make_features(policy, config.data, None, seed=seed, rows=row_set.rows, negatives=negatives)
+                features = make_features(
+                    policy, config.data, None, seed=seed, rows=row_set.rows, negatives=negatives, sides=sides
+                )
                 row_set = check_rows(row_set, features, config.data, bad_rows_path=bad_rows)
                 if config.data.on_bad_row == "skip":
-                    row_set = verify_images(row_set, config.data, bad_rows_path=bad_rows)
+                    row_set = verify_images(row_set, features, config.data, bad_rows_path=bad_rows)
         if cache is not None:
             with self.phase("cache"):
                 # Each process encodes a slice; together they fill the shared cache.
@@ -182,6 +185,7 @@ class Session:
                     seed=seed,
                     share=(self.accelerator.process_index, self.accelerator.num_processes),
                     negatives=negatives,
+                    sides=sides,
                     progress=self.screen.progress("encode"),
                 )
                 self.screen.close()
@@ -194,12 +198,22 @@ class Session:
             # With a cache every image has been read: its content counts, not only its name.
             self._data_fingerprint = content_fingerprint(row_set.fingerprint, row_set.rows, cache.digests)
         counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in row_set.counts.items() if value)
-        truncated = len({row.id for row in row_set.rows} & getattr(policy, "truncated", set()))
-        cut = f", {truncated} responses or histories cut to data.max_length" if truncated else ""
-        self.say(f"data: {config.data.path}: {counts}{cut}")
+        self.say(f"data: {config.data.path}: {counts}{self._cut(policy, row_set.rows)}")
         return row_set.rows, make_features(
-            policy, config.data, cache, seed=seed, rows=row_set.rows, negatives=negatives
+            policy, config.data, cache, seed=seed, rows=row_set.rows, negatives=negatives, sides=sides
         )
+
+    def _cut(self, policy: Any, rows: Sequence[Row]) -> str:
+        """How many of the rows the model does not see whole, in words."""
+        if policy.modality == "image":
+            cut = policy.cut_prompts(row.prompt for row in rows)
+            many = sum(row.prompt in cut for row in rows)
+            return f", {many} prompts longer than any text encoder reads, their ends cut" if many else ""
+        truncated = [policy.truncated]  # by this process, in its share of the rows
+        if self.accelerator.num_processes > 1:
+            truncated = gather_object(truncated)
+        many = sum(any(row.id in ids for ids in truncated) for row in rows)
+        return f", {many} responses or histories cut to data.max_length" if many else ""
 
     def cache_reference(self, policy: Any, method: Any, batches: Batches) -> ReferenceCache | None:
         """Build the table of reference scores if `data.cache_reference` asks for it."""
@@ -221,9 +235,10 @@ class Session:
             augmentation=config.data.model_dump(
                 exclude={"path", "on_bad_row", "cache", "cache_dir", "cache_reference", "num_workers"}
             ),
-            dtype=config.model.dtype,
-            requests=method.requests_per_row,
-            guidance_scale=getattr(method, "guidance_scale", 1.0),
+            # What is asked for, and how it is scored: timestep density and shift, dtype, guidance …
+            model=config.model.model_dump(exclude={"gradient_checkpointing"}),
+            method=config.method.model_dump(),
+            code=self._code,
         )
         table = ReferenceCache(
             self.folder.path / "reference.safetensors",
@@ -256,12 +271,16 @@ class Session:
         config = self.config
         randomness.seed_process(config.train.seed, self.accelerator.process_index)
         parameters = [parameter for _, parameter in policy.trainable()]
-        self.optimizer = self.accelerator.prepare(optim.make_optimizer(config.train, parameters, policy.device))
+        self.optimizer = self.accelerator.prepare(
+            optim.make_optimizer(config.train, parameters, policy.device, scaled=self.accelerator.scaler is not None)
+        )
         self.scheduler = optim.make_scheduler(config.train, self.optimizer)
         if config.train.ema is not None:
             self.ema = policy.start_ema(config.train.ema)
         encoders = f"{policy.encode_key('image')} {policy.encode_key('prompt')}"
-        state = LoopState(reference=self._reference_fingerprint, encoders=encoders, data=self._data_fingerprint)
+        state = LoopState(
+            reference=self._reference_fingerprint, encoders=encoders, data=self._data_fingerprint, code=self._code
+        )
         newest = checkpoint.latest(self.folder.checkpoints)
         if newest is not None:
             checkpoint.check_belongs(checkpoint.read_state(newest), state, newest)
@@ -276,9 +295,6 @@ class Session:
             self.say(f"resumed from {newest} (step {state.step} of {config.train.steps})")
         if self.accelerator.num_processes > 1:
             policy.network = self.accelerator.prepare(policy.network)
-        self.folder.begin()
-        if self.is_main:
-            self.tracker = Tracker(self.folder.path, config.run.tracker, dump(config), resumed_at=state.step)
         return state
 
     def preflight(
@@ -304,7 +320,7 @@ class Session:
                 chunk=config.train.score_chunk,
             )
         if self.stop_rule is not None:
-            self.stop_rule.check_metric(found.metrics)
+            self.stop_rule.config.check_metric((*LOOP_METRICS, *found.metrics))
         for line in found.lines():
             self.say(f"preflight: {line}")
 
@@ -312,6 +328,10 @@ class Session:
 
     @contextmanager
     def training(self, state: LoopState) -> Iterator[Meter]:
+        """From here on the folder holds a run; nothing that was refused before leaves anything in it."""
+        self.folder.begin()
+        if self.is_main:
+            self.tracker = Tracker(self.folder.path, self.config.run.tracker, dump(self.config), resumed_at=state.step)
         self._meter = Meter(state.pending, state.pending_counts)
         self.screen.show("train", state.step, self.config.train.steps)
         self._steps_here, self._rows_at_start = state.step, state.rows_seen
@@ -439,12 +459,19 @@ class Session:
 
     def evaluate(self, policy: Any, state: LoopState) -> None:
         """Base and trained weights side by side, where `evaluate.prompts` asks for it."""
-        if self.config.evaluate.prompts is not None:
+        if self.config.evaluate.prompts is None:
+            return
+        folder = self.folder.path
+        try:
             with self.phase("evaluate"):
-                self.evidence.hold(
-                    policy, self.folder.path, view=self.trained_view, step=state.step, progress=self.screen.show
-                )
+                self.evidence.hold(policy, folder, view=self.trained_view, step=state.step, progress=self.screen.show)
                 self.screen.close()
+        except ValueError as error:
+            reason = str(error).rstrip(".")
+            raise EvidenceError(
+                f"{reason}. The training is complete and its weights are safe in {folder / 'final'}; only the evaluation "
+                f"is missing: with this mended, start the same command again, or compare with `mmalign grid {folder}`"
+            ) from error
 
     @property
     def trained_view(self) -> Any:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-from mmalign.config import ConfigError, StopConfig
-from mmalign.registry import nearest
+from mmalign.config import StopConfig
 from mmalign.run.checkpoint import LoopState
 
 
@@ -15,18 +14,9 @@ class StopRule:
     def __init__(self, config: StopConfig) -> None:
         self.config = config
 
-    def check_metric(self, logged: Iterable[str]) -> None:
-        """Raise `ConfigError` if the metric is not among those logged."""
-        metric, names = self.config.metric, sorted(logged)
-        if metric not in names:
-            raise ConfigError(
-                f"train.stop.metric = {metric!r} is not logged by this method{nearest(metric, names)}. "
-                f"Logged: {', '.join(names)}"
-            )
-
     def follow(self, state: LoopState, means: Mapping[str, float]) -> None:
         """Take a logged line into the average. Raises `ConfigError` if the line lacks the metric."""
-        self.check_metric(means)
+        self.config.check_metric(means)
         value, past, smoothing = means[self.config.metric], state.stop_average, self.config.smoothing
         state.stop_average = value if past is None else smoothing * past + (1 - smoothing) * value
 

@@ -56,6 +56,16 @@ def test_another_preset_starts_the_method_anew(write):
     )
 
 
+def test_another_data_format_starts_the_options_anew(write):
+    """The base's options belong to its reader; the same reader, or one yet to be found, keeps them."""
+    drawn = "data: {path: builtin:synthetic, format: synthetic, options: {num_pairs: 8}}"
+    base = write("pairs.yaml", BASE.replace("data: {path: some/data}", drawn))
+    child = write("rows.yaml", "base: pairs.yaml\ndata: {path: rows.jsonl, format: jsonl}\n")
+    assert load_config(child).config.data.options == {}
+    assert load_config(base, ["data.path=rows.jsonl", "data.format=jsonl"]).config.data.options == {}
+    assert load_config(base, ["data.format=synthetic"]).config.data.options == {"num_pairs": 8}
+
+
 def test_preset_fills_what_is_not_given(write):
     loaded = load_config(write("own.yaml", BASE))
     assert loaded.config.method.name == "preference"
@@ -92,6 +102,13 @@ def test_scientific_notation_without_a_dot_is_a_number(write):
         (BASE.replace("  ", " ").replace("output_dir: runs/base", ""), "missing key 'output_dir'"),
         (BASE.replace("family: sdxl", "family: sdxll"), "did you mean 'sdxl'"),
         (BASE.replace("beta: 7", "beta: -7"), "beta = -7"),
+        (BASE.replace("some/data", "some/data, num_crops: 2"), "crop: center has one crop"),
+        (
+            BASE.replace("some/data", "some/data, crop: random, num_crops: 2, cache_reference: 2").replace(
+                "steps: 10", "steps: 10, num_draws: 2"
+            ),
+            r"data\.num_crops would do nothing: data\.cache_reference cycles through fewer visits",
+        ),
     ],
 )
 def test_mistakes_are_named(write, text, message):

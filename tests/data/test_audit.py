@@ -28,6 +28,13 @@ def test_clean_rows_have_no_findings(make_rows):
     assert audit.upsampled_share == 0.0
 
 
+def test_prompts_that_the_model_cuts_are_a_warning(make_rows):
+    rows = [*make_rows(3), replace(make_rows(1)[0], id="again")]
+    audit = audit_rows(rows, cut_prompts=lambda prompts: {text for text in prompts if text == "caption 0"})
+    assert audit.finding("cut_prompt").severity == "warning"
+    assert audit.finding("cut_prompt").examples == ["pairs:0", "pairs:0"]
+
+
 def test_every_problem_is_counted_and_named(make_rows, encoded):
     rows = make_rows(8, width=32, height=32)
     rows[0] = replace(rows[0], rejected=ImageRef(content=b"junk", source="pairs:0 rejected"))

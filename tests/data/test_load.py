@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mmalign.data.features import ImageFeatures
 from mmalign.data.load import drop_bad, fingerprint, load_rows, map_threaded, verify_images
 from mmalign.data.readers import BadRow, detect_format
 from mmalign.types import DataError
@@ -199,15 +200,16 @@ def test_fingerprint_sees_images_in_memory(make_rows):
 # --- images that only reading shows to be bad -------------------------------------------------------------------------
 
 
-def test_verify_images_finds_what_load_cannot(jsonl, data_config, tmp_path):
+def test_verify_images_finds_what_load_cannot(jsonl, data_config, linear_policy, tmp_path):
     file = jsonl(5)
     (tmp_path / "2.png").write_bytes(b"broken")
     (tmp_path / "7.png").write_bytes((tmp_path / "6.png").read_bytes())
     row_set = load_rows(data_config(file), seed=0)
+    features = ImageFeatures(linear_policy(), data_config(file), None, seed=0)
     with pytest.raises(DataError, match=rf"{file}:2: {file}:2 chosen: not an image"):
-        verify_images(row_set, data_config(file))
+        verify_images(row_set, features, data_config(file))
     listed = tmp_path / "bad_rows.jsonl"
-    kept = verify_images(row_set, data_config(file, on_bad_row="skip"), bad_rows_path=listed)
+    kept = verify_images(row_set, features, data_config(file, on_bad_row="skip"), bad_rows_path=listed)
     assert [row.id for row in kept.rows] == ["r0", "r2", "r4"]
     assert (kept.counts["rows"], kept.counts["bad"]) == (3, 2)
     assert kept.fingerprint == fingerprint(kept.rows)

@@ -409,7 +409,7 @@ def test_broken_image_of_a_prompt_is_named(policy, answers, data_config, cache):
     rows[1] = replace(rows[1], images=(ImageRef(content=b"junk", source="pairs:1 images[0]"),))
     with pytest.raises(DataError, match=r"pairs:1: pairs:1 images\[0\]: not an image"):
         build_cache(policy, rows, data_config(), cache, seed=0)
-    assert "pairs:1 images[0]: not an image" in str(image_problem(rows[1]))
+    assert "pairs:1 images[0]: not an image" in str(image_problem(features_of(policy, data_config(), None), rows[1]))
     report = build_cache(policy, rows, data_config(on_bad_row="skip"), cache, seed=0)
     assert [bad.row_id for bad in report.bad] == ["row1"]
 
@@ -460,14 +460,14 @@ def test_content_fingerprint_reads_the_images_of_prompts(tmp_path, answers, enco
     assert found[0][1] != found[1][1]
 
 
-def test_verify_images_reads_those_of_prompts(answers, data_config, tmp_path, encoded):
+def test_verify_images_reads_those_of_prompts(policy, data_config, tmp_path, encoded):
     for seed in range(2):
         (tmp_path / f"{seed}.png").write_bytes(encoded(seed))
     (tmp_path / "2.png").write_bytes(b"junk")
     lines = [{"images": [f"{n}.png"], "prompt": "what ?", "chosen": "x", "rejected": "y"} for n in range(3)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     config = data_config(tmp_path / "a.jsonl", on_bad_row="skip")
-    kept = verify_images(load_rows(config, seed=0), config)
+    kept = verify_images(load_rows(config, seed=0), features_of(policy, config, None), config)
     assert [Path(row.source).name for row in kept.rows] == ["a.jsonl:1", "a.jsonl:2"]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -128,10 +129,130 @@ def test_folder_of_a_run_killed_before_its_first_step_can_be_used(tiny: Callable
     assert not (run / ".tmp-config.yaml-4711").exists()
 
 
-def test_a_leftover_reference_cache_of_another_method_is_built_anew(tiny: Callable, tmp_path: Path):
-    settings = {"data": {"cache_reference": 1}, "train": {"steps": 1}}
-    first = mmalign.train(tiny(settings, output_dir=str(tmp_path / "first"))).folder
+SD3 = {"family": "sd3", "path": "builtin:sd3-tiny", "lora": {"rank": 2}}
+ANSWERS = {
+    "model": {"family": "llava", "path": "builtin:llava-tiny"},
+    "data": {"path": "builtin:synthetic_answers", "format": "synthetic_answers"},
+}
+
+
+FLOW = {"model": SD3, "method": {"preset": "flow_dpo"}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "before", "after"),
+    [
+        ({}, {}, {"method": {"guidance_scale": 3.0, "experimental": True}}),
+        (FLOW, {"model": {"timestep_shift": 3.0}}, {"model": {"timestep_shift": 1.0}}),
+        (FLOW, {"model": {"timestep_density": "uniform"}}, {}),
+        # Two requests per row in either case: chosen and rejected, chosen and negative.
+        (
+            ANSWERS,
+            {"method": {"losses": [{"name": "dpo", "beta": 0.1}]}},
+            {"method": {"losses": [{"name": "copo", "beta": 0.1}]}},
+        ),
+    ],
+    ids=["guidance", "shift", "density", "kinds"],
+)
+def test_a_leftover_reference_cache_of_another_run_is_built_anew(
+    tiny: Callable, tmp_path: Path, sections: dict, before: dict, after: dict
+):
+    def train(changes: dict, name: str) -> bytes:
+        settings = {"data": {"cache_reference": 1}, "train": {"steps": 1}}
+        run = mmalign.train(tiny(settings, sections, changes, output_dir=str(tmp_path / name))).folder
+        return (run / "reference.safetensors").read_bytes()
+
+    stale, fresh = train(before, "before"), train(after, "fresh")
+    assert stale != fresh
     (tmp_path / "run").mkdir()
-    shutil.copy(first / "reference.safetensors", tmp_path / "run")
-    guided = {"preset": "diffusion_dpo", "guidance_scale": 3.0, "experimental": True}
-    assert mmalign.train(tiny(settings, method=guided)).summary["status"] == "finished"  # step 0 is checked to be ln 2
+    (tmp_path / "run" / "reference.safetensors").write_bytes(stale)
+    assert train(after, "run") == fresh
+
+
+def test_a_scheduler_changed_behind_the_same_path_is_refused(tiny: Callable, refused: Callable, tmp_path: Path):
+    """It decides which timesteps are trained, and what a cached reference score belongs to."""
+    path = tmp_path / "model"
+    shutil.copytree(builtin_path("builtin:sd3-tiny"), path)
+    sections = {"model": {**SD3, "path": str(path)}, "method": {"preset": "flow_dpo"}}
+    mmalign.train(tiny(sections, train={"steps": 1}))
+    file = path / "scheduler" / "scheduler_config.json"
+    original = file.read_text()
+    file.write_text(json.dumps({**json.loads(original), "shift": 3.0}))
+    longer = tiny(sections, train={"steps": 2})
+    refused(longer, CheckpointError, "belongs to other base model's weights or settings", "Give a new output_dir")
+    file.write_text(original)
+    assert mmalign.train(longer).summary["steps"] == 2
+
+
+LOSS = """
+import torch
+
+
+def mine(chosen_ratio_B, rejected_ratio_B):
+    return -torch.nn.functional.logsigmoid(SIGN * 1000.0 * (chosen_ratio_B - rejected_ratio_B))
+"""
+METHOD = """
+from mmalign.trainers.preference import Preference
+
+
+class Mine(Preference):
+    weight = SIGN
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "method"),
+    [(LOSS, {"name": "preference", "losses": [{"name": "FILE:mine"}]}), (METHOD, {"name": "FILE:Mine"})],
+    ids=["loss", "method"],
+)
+def test_own_code_edited_between_two_starts_is_refused(
+    tiny: Callable, refused: Callable, tmp_path: Path, source: str, method: dict
+):
+    file = tmp_path / "mine.py"
+    file.write_text(source.replace("SIGN", "1"))
+    method = json.loads(json.dumps({"losses": [{"name": "dpo", "beta": 1000}], **method}).replace("FILE", str(file)))
+    mmalign.train({**tiny(train={"steps": 1}), "method": method})
+    longer = {**tiny(train={"steps": 2}), "method": method}
+    file.write_text(source.replace("SIGN", "-1"))
+    refused(longer, CheckpointError, f"another content of {file}", "Give a new output_dir, or put the old file back")
+    file.write_text(source.replace("SIGN", "1"))
+    assert mmalign.train(longer).summary["steps"] == 2
+
+
+HUNGRY = """
+import torch
+
+
+def hungry(chosen_ratio_B, rejected_ratio_B):
+    if len(chosen_ratio_B) > 2 and bool(chosen_ratio_B.any()):  # from the second step on
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return -torch.nn.functional.logsigmoid(1000.0 * (chosen_ratio_B - rejected_ratio_B))
+"""
+
+
+def test_a_run_without_a_checkpoint_gives_its_folder_to_another_config(
+    tiny: Callable, refused: Callable, tmp_path: Path
+):
+    file = tmp_path / "hungry.py"
+    file.write_text(HUNGRY)
+    own = {"method": {"name": "preference", "losses": [{"name": f"{file}:hungry"}]}}
+    evaluate = {"prompts": "builtin:attributes_dev", "preview_prompts": 1, "num_steps": 2, "every": 1}
+    large = {**tiny(train={"steps": 3, "batch_size": 4}, evaluate=evaluate, run={"tracker": "tensorboard"}), **own}
+    small = {**tiny(), **own}
+    with pytest.raises(torch.OutOfMemoryError):
+        mmalign.train(large)
+    run = tmp_path / "run"
+    left = {"checkpoints", "config.yaml", "metrics.jsonl", "samples", "tensorboard"}
+    assert {path.name for path in run.iterdir()} == left
+    (run / "notes.txt").write_text("precious")
+    refused(small, ConfigError, "train.batch_size: 4 -> 2")
+    (run / "notes.txt").unlink()
+    refused({**small, "run": {"resume": "never"}}, ConfigError, "run.resume = 'never'")
+
+    mmalign.train(small)
+    other = mmalign.train({**small, "output_dir": str(tmp_path / "other")}).folder
+    assert {path.name for path in run.iterdir()} == {path.name for path in other.iterdir()}
+    weights = "checkpoints/step_2/weights.safetensors"
+    assert (run / weights).read_bytes() == (other / weights).read_bytes()
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    refused(large, ConfigError, "train.batch_size: 2 -> 4")

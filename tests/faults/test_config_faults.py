@@ -27,6 +27,12 @@ from mmalign.types import DataError
         ("method", "preset", "difusion_dpo", "(did you mean 'diffusion_dpo'?)"),
         ("data", "format", "jsonll", "unknown reader 'jsonll' (did you mean 'jsonl'?)"),
         ("data", "options", {"num_pair": 8}, "no option 'num_pair' (did you mean 'num_pairs'?)"),
+        (
+            "train",
+            "stop",
+            {"metric": "loss_dpp", "below": 0.5},
+            "'loss_dpp' is not logged by this method (did you mean 'loss_dpo'?)",
+        ),
         ("evaluate", "rewards", ["clipp"], "unknown reward 'clipp' (did you mean 'clip'?)"),
     ],
 )

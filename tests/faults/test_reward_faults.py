@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import mmalign
 from mmalign.reward import RewardError
+from mmalign.run.evidence import EvidenceError
 
 REWARDS = '''
 """Rewards for the fault tests."""
@@ -153,8 +154,10 @@ def test_run_ended_by_its_stop_rule_does_not_train_on_when_only_the_evaluation_f
     ],
 )
 def test_reward_that_breaks_the_contract_is_named(judged: Callable, tmp_path: Path, name: str, says: str):
-    with pytest.raises(RewardError) as caught:
+    with pytest.raises(EvidenceError) as caught:
         mmalign.train(judged(name))
+    assert type(caught.value.__cause__) is RewardError
+    assert f"weights are safe in {tmp_path / 'run' / 'final'}" in str(caught.value)
     assert str(caught.value).startswith(f"reward {name!r}")
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)

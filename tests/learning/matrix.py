@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 import mmalign
+from mmalign.config import load_config
 from mmalign.evaluation.statistics import seed_matrix, wins
 
 if str(Path(__file__).parent) not in sys.path:
@@ -49,7 +50,7 @@ class Recipe:
     @property
     def draws_pairs(self) -> bool:
         """Whether the training pairs are drawn anew for each seed; else seeds change order, draws and initialisation."""
-        return not self.answers and "grpo" not in self.config
+        return load_config(self.config).config.data.path == "builtin:synthetic"
 
 
 RECIPES = {
@@ -58,6 +59,8 @@ RECIPES = {
         "synthetic/sdxl_diffusion_dpo_full.yaml", ("data.swap=true", "train.stop=null"), "worse"
     ),
     "dpo_full_shuffled": Recipe("synthetic/sdxl_diffusion_dpo_full.yaml", ("data.label_noise=0.5",), "not better"),
+    # Without the model's own samples among the losers.
+    "dpo_drawn": Recipe("synthetic/sdxl_diffusion_dpo_drawn_full.yaml", (), "better"),
     "dpo_guided": Recipe("synthetic/sdxl_diffusion_dpo_guided_full.yaml", (), "better"),
     "dpo_guided_swapped": Recipe("synthetic/sdxl_diffusion_dpo_guided_full.yaml", ("data.swap=true",), "worse"),
     "dpo_guided_shuffled": Recipe(
@@ -92,7 +95,7 @@ RECIPES = {
     "llava_nll": Recipe("synthetic/llava_dpo_lora.yaml", ("method.preset=nll", "data.cache_reference=0"), "control"),
 }
 
-DIFFERENCES = {"mapo_minus_sft": ("mapo_full", "sft_full"), "guided_minus_published": ("dpo_guided", "dpo_full")}
+DIFFERENCES = {"mapo_minus_sft": ("mapo_full", "sft_full"), "guided_minus_published": ("dpo_guided", "dpo_drawn")}
 
 
 def train(recipe: Recipe, *, seed: int, split: str, folder: Path, extra: tuple[str, ...] = ()) -> Path:
@@ -205,6 +208,8 @@ def main(arguments: list[str] | None = None) -> int:
         ]
         if RECIPES[name].answers:
             table = answers.summarise(runs[name]) | answers.image_accuracy(runs[name], options.split)
+            if options.split == "heldout":
+                table |= answers.image_accuracy_fresh(runs[name])
             answers.show(name, table)
         else:
             table = summarise(runs[name])

@@ -436,6 +436,39 @@ def test_frozen_stacked_adapter_stays_frozen_and_belongs_to_the_reference(load, 
     assert not torch.allclose(with_first, bare, rtol=1e-4)
 
 
+def test_text_parts_of_all_stacked_adapters_are_active(load, tmp_path: Path):
+    from diffusers import StableDiffusionXLPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    def stock(adapters: int) -> torch.Tensor:
+        pipe = StableDiffusionXLPipeline.from_pretrained(policy_path("sdxl"))
+        names = [f"adapter_{index}" for index in range(adapters)]
+        for index, name in enumerate(names):
+            pipe.load_lora_weights(tmp_path / str(index), adapter_name=name)
+        if names:
+            pipe.set_adapters(names)
+        return pipe.encode_prompt(CAPTION, do_classifier_free_guidance=False)[0][0]
+
+    for index in range(2):
+        pipe = StableDiffusionXLPipeline.from_pretrained(policy_path("sdxl"))
+        for role, targets in (("unet", ["to_q"]), ("text_encoder", ["q_proj", "v_proj"])):
+            adapter = LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False)
+            getattr(pipe, role).add_adapter(adapter)
+        layers = {
+            f"{role}_lora_layers": get_peft_model_state_dict(getattr(pipe, role)) for role in ("unet", "text_encoder")
+        }
+        pipe.save_lora_weights(tmp_path / str(index), **layers)
+    expected = [stock(adapters) for adapters in range(3)]
+    for adapters in range(3):
+        policy = load(train=False, adapters=[str(tmp_path / str(index)) for index in range(adapters)])
+        torch.testing.assert_close(
+            policy.encode_prompts([CAPTION])[0]["embeds"], expected[adapters], rtol=1e-5, atol=1e-5
+        )
+    assert (expected[2] - expected[1]).abs().max() > 1e-2
+    assert (expected[1] - expected[0]).abs().max() > 1e-2
+
+
 def test_stacked_adapter_with_full_fine_tuning_is_refused(load, tmp_path: Path):
     policy = load(lora=True)
     policy.export(tmp_path)
@@ -477,6 +510,21 @@ def pixels(image) -> torch.Tensor:
     import numpy as np
 
     return torch.from_numpy(np.array(image)).int()
+
+
+@pytest.mark.parametrize(("resolution", "calls"), [(64, [4]), (768, [3, 1])])
+def test_the_vae_takes_as_many_images_at_once_as_their_size_allows(requests_for, resolution, calls):
+    data = DataConfig(path="unused", resolution=resolution)
+    model = ModelConfig(family="sdxl", path="builtin:sdxl-tiny")
+    policy = load_policy(model, data=data, device="cpu", train=False)
+    seen = []
+    for part in (policy.pipe.vae.encoder, policy.pipe.vae.decoder):
+        part.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    requests = requests_for(policy, 4)
+    with torch.no_grad():
+        images = policy.decode(torch.stack([policy.normalise(request.target["mean"]) for request in requests]))
+    assert len(images) == len(requests) == 4
+    assert seen == calls * 2
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from mmalign.builtin import builtin_path
-from mmalign.config import ConfigError, LoraConfig, ModelConfig, load_config
+from mmalign.config import ConfigError, DataConfig, LoraConfig, ModelConfig, load_config
 from mmalign.diffusion.schedule import FlowSchedule, dynamic_mu, squared_error
 from mmalign.policies.load import load_policy
 from mmalign.policies.views import ADAPTER
@@ -135,6 +135,42 @@ def test_text_has_the_asked_number_of_t5_tokens(policy):
     longer = load_policy(ModelConfig(family="sd3", path="builtin:sd3-tiny"), device="cpu", train=False)
     assert longer.encode_prompts([PROMPT])[0]["embeds"].shape[0] == clip + 256
     assert longer.encode_key("prompt") != policy.encode_key("prompt")
+
+
+def test_a_prompt_is_cut_where_not_even_t5_reads_its_end(policy):
+    from transformers import T5Config, T5EncoderModel
+
+    t5 = T5EncoderModel(T5Config(vocab_size=400, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    words = {count: " ".join(["red"] * count) for count in (6, 22, 23, 30, 31)}  # and two special tokens
+    clip = policy.pipe.tokenizer.model_max_length
+    assert clip == 24
+    assert policy.cut_prompts(words.values()) == {words[count] for count in (23, 30, 31)}
+    for limit, cut in ((8, (23, 30, 31)), (32, (31,)), (None, ())):
+        model = ModelConfig(family="sd3", path="builtin:sd3-tiny", max_sequence_length=limit)
+        with_t5 = load_policy(model, device="cpu", train=False)
+        with_t5.pipe.tokenizer_3, with_t5.pipe.text_encoder_3 = policy.pipe.tokenizer, t5
+        assert with_t5.cut_prompts(words.values()) == {words[count] for count in cut}
+    assert policy.cut_prompts([]) == set()
+
+
+@pytest.mark.parametrize(
+    ("family", "resolution", "message"),
+    [
+        ("sdxl", 68, "must be a multiple of 8"),
+        ("sd3", 72, "must be a multiple of 16"),
+        ("sd3", 80, "must be at most 64"),
+        ("sdxl", 72, None),
+        ("sd3", 48, None),
+    ],
+)
+def test_a_resolution_that_cannot_be_trained_is_refused_at_loading(family: str, resolution: int, message: str | None):
+    model = ModelConfig(family=family, path=f"builtin:{family}-tiny")
+    data = DataConfig(path="unused", resolution=resolution)
+    if message is None:
+        assert load_policy(model, data=data, device="cpu", train=False).resolution == resolution
+        return
+    with pytest.raises(ValueError, match=rf"data\.resolution = {resolution}: {message}"):
+        load_policy(model, data=data, device="cpu", train=False)
 
 
 @pytest.mark.parametrize("targets", ["attention", "all"])

@@ -68,6 +68,20 @@ def test_reference_is_the_model_as_loaded_whatever_training_did(load, folder, lo
     assert torch.equal(scores(policy, "reference"), before)
 
 
+def test_the_reference_is_the_policy_with_tied_embeddings_in_bf16(load, tmp_path):
+    """Their weight is an embedding's too, which autocast leaves in fp32."""
+    build_llava(tmp_path, tied=True)
+    policy = load(lora=None, path=tmp_path, dtype="bf16")
+    assert policy.model.get_input_embeddings().weight is policy.model.get_output_embeddings().weight
+    before = scores(policy)
+    assert torch.equal(scores(policy, "reference"), before)
+    reference = policy.views.reference()
+    assert reference.get_input_embeddings().weight.dtype == torch.float32
+    assert reference.get_submodule("model.language_model.layers.0.mlp.up_proj").weight.dtype == torch.bfloat16
+    nudge(policy)
+    assert torch.equal(scores(policy, "reference"), before)
+
+
 def test_the_reference_of_full_fine_tuning_shares_the_frozen_tower(load):
     """A second copy of the vision tower would cost memory and never differ."""
     policy = load(lora=None)
@@ -420,6 +434,17 @@ def test_what_cannot_be_loaded_is_named(load, folder, tmp_path):
     (broken / "model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(ValueError, match=r"cannot load '.*broken'"):
         load(path=broken)
+
+
+def test_a_base_that_is_gone_when_the_reference_is_made_is_named(load, folder, tmp_path):
+    path = tmp_path / "base"
+    shutil.copytree(folder, path)
+    policy = load(lora=None, path=path)
+    path.rename(tmp_path / "away")
+    with pytest.raises(ValueError, match=r"cannot load '.*base': it is not on this disk.* put it back as it was"):
+        scores(policy, "reference")
+    (tmp_path / "away").rename(path)
+    assert torch.equal(scores(policy, "reference"), scores(policy))
 
 
 def test_another_kind_of_model_is_named(load, tmp_path):

@@ -137,6 +137,27 @@ def test_a_template_without_end_of_turn_gets_the_end_of_text_token_and_says_so_o
     assert sum("end of turn" in record.message for record in caplog.records) == 1
 
 
+@pytest.mark.parametrize("template", [INLINE_TEMPLATE, LLAVA15_TEMPLATE], ids=["inline", "llava15"])
+@pytest.mark.parametrize("answer", ["red <s> circle", "the </s> red", "<unk> red", "red <unk>"])
+def test_special_tokens_inside_an_answer_do_not_end_it(load, template, answer):
+    policy = load(template=template)
+    assert decode(policy, policy.tokenize(row(chosen=answer), "chosen")[1]) == f"{answer} </s>"
+
+
+def test_an_answer_that_brings_its_end_of_text_gets_no_second_one(load):
+    policy = load(template=LLAVA15_TEMPLATE)
+    assert decode(policy, policy.tokenize(row(chosen="red </s>"), "chosen")[1]) == "red </s>"
+
+
+def test_what_a_template_writes_after_the_end_of_turn_is_not_scored(load):
+    """ChatML's line break there; here a full stop, as the tiny tokenizer knows no line break."""
+    policy = load(template=INLINE_TEMPLATE.replace("' ' + eos_token", "' ' + eos_token + ' . <pad>'"))
+    dialogue = row(history=(Turn("user", "<image> what ?"), Turn("assistant", "red")), prompt="and ?")
+    ids_P, ids_T = policy.tokenize(dialogue, "chosen")
+    assert decode(policy, ids_T) == "a red circle . </s>"
+    assert "red </s> . <pad>" in decode(policy, ids_P)  # of earlier turns it is context, as the model will meet it
+
+
 def test_a_template_that_moves_images_to_the_front_is_reported(load, caplog):
     with caplog.at_level(logging.WARNING):
         policy = load(template=LLAVA15_TEMPLATE)

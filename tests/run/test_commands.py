@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 import mmalign
 from mmalign.run.comparison import compare
@@ -28,12 +29,23 @@ EVALUATE = {
 
 @pytest.fixture
 def config_file(tiny: Callable, tmp_path: Path) -> Callable[..., Path]:
-    def make(**sections: object) -> Path:
+    def make(*mappings: dict, **sections: object) -> Path:
         path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(tiny(**sections)))
+        path.write_text(yaml.safe_dump(tiny(*mappings, **sections)))
         return path
 
     return make
+
+
+@pytest.fixture
+def long_prompts(tmp_path: Path) -> Path:
+    """Three pairs, two of them with a prompt of 40 words: the tiny CLIP encoders read 22."""
+    for index in range(3):
+        for side, colour in (("w", (60 * index, 0, 0)), ("l", (0, 60 * index, 9))):
+            (tmp_path / "pairs" / side).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (64, 64), colour).save(tmp_path / "pairs" / side / f"{index}.png")
+        (tmp_path / "pairs" / "w" / f"{index}.txt").write_text(" ".join(["red"] * (40 if index else 4)))
+    return tmp_path / "pairs"
 
 
 def test_doctor_reports_environment_golden_numbers_memory_and_data(config_file, capsys):
@@ -76,6 +88,36 @@ def test_data_check_writes_the_audit_and_data_cache_fills_the_cache(config_file,
     assert "encoded" in capsys.readouterr().out
     cache_data(path, [])
     assert " 0 encoded" in capsys.readouterr().out
+
+
+ONLINE = {"preset": "dance_grpo_ddim", "num_steps": 2, "group_size": 2, "prompts_per_rollout": 1, "guidance_scale": 1.0}
+
+
+def test_prompts_that_no_text_encoder_reads_whole_are_counted(config_file, long_prompts, capsys):
+    data = {"path": str(long_prompts), "format": "auto", "options": {}}
+    path = str(config_file(data=data, model={"lora": {"rank": 4}}, train={"steps": 1}))
+    assert doctor(path, [], as_json=False) == 0
+    assert "data: 2 rows: the prompt is longer than any text encoder reads" in capsys.readouterr().out
+    mmalign.train(path)
+    assert "3 rows, 2 prompts longer than any text encoder reads" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("sections", "num_images"),
+    [
+        ({}, 48),
+        ({"method": {"preset": "sft"}}, 24),
+        ({"method": {"preset": "sft"}, "data": {"swap": True}}, 24),
+        ({"method": ONLINE, "rewards": ["synthetic_truth"]}, 0),
+    ],
+)
+def test_data_cache_encodes_what_the_run_reads_and_no_more(config_file, tmp_path, capsys, sections, num_images):
+    data = {**sections.get("data", {}), "cache_dir": str(tmp_path / "cache")}
+    path = str(config_file({**sections, "data": data}, train={"steps": 1}))
+    cache_data(path, [])
+    assert f" {num_images} images and" in " ".join(capsys.readouterr().out.split())
+    mmalign.train(path)
+    assert " 0 encoded" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_run_leaves_evidence_and_grid_compares_runs(tiny, tmp_path, capsys):

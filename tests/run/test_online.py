@@ -305,6 +305,7 @@ def test_a_reward_is_loaded_once_for_training_and_evaluation(tmp_path: Path):
         ({"method": {"step_fraction": 0.1}}, "of 3 trainable steps is none"),
         ({"train": {"steps": 5}}, "must be a multiple of method.updates_per_rollout = 2"),
         ({"train": {"batch_size": 3}}, "cannot be dealt out"),
+        ({"train": {"stop": {"metric": "rewrad", "above": 1}}}, "train.stop.metric = 'rewrad' would do nothing"),
         ({"train": {"accumulate": 2}}, "train.accumulate = 2 would do nothing"),
         ({"evaluate": {"held_out": [{"name": "clip", "weight": 2}]}}, "weight and timeout belong to training rewards"),
     ],

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 import mmalign
@@ -114,6 +115,37 @@ def test_two_processes_equal_one_and_a_run_moves_between_them(tiny: Callable, tm
     run("straight", 6, 1)
     assert worst("straight", "one", 6) < 1e-6
     assert worst("straight", "two", 6) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sdxl", "llava"])
+def test_what_is_cut_is_counted_over_the_rows_of_all_processes(tiny: Callable, tmp_path: Path, capsys, family: str):
+    """Each process reads a share of the rows."""
+
+    def config(name: str) -> dict:
+        if family == "llava":
+            made = tiny(LLAVA, method={"preset": "dpo"}, data={"options": {}})
+            made["data"].update(max_length=30, truncation="response", on_bad_row="skip")
+        else:
+            prompts = [{"id": str(n), "prompt": " ".join(["red"] * (10 + 4 * n))} for n in range(8)]
+            pairs = [{**each, "chosen": "white.png", "rejected": "black.png"} for each in prompts]
+            for colour in ("white", "black"):
+                Image.new("RGB", (64, 64), colour).save(tmp_path / f"{colour}.png")
+            (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+            made = tiny(data={"path": str(tmp_path / "pairs.jsonl"), "format": "jsonl", "options": {}})
+        made["data"]["cache_dir"] = str(tmp_path / f"cache-{name}")
+        return {**made, "train": {**made["train"], "steps": 0}, "output_dir": str(tmp_path / name)}
+
+    mmalign.train(config("one"))
+    path = tmp_path / "two.yaml"
+    path.write_text(yaml.safe_dump(config("two")))
+    finished = launch(path, 2)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    (alone,), (together,) = (
+        [line for line in text.splitlines() if " cut" in line] for text in (capsys.readouterr().out, finished.stdout)
+    )
+    assert alone == together
+    assert ("4 prompts longer" in alone) if family == "sdxl" else ("responses or histories cut" in alone)
 
 
 @pytest.mark.slow

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import mmalign
 from mmalign.config import ConfigError, load_config
 from mmalign.run.checkpoint import complete, read_state
+from mmalign.run.preflight import PreflightError
 
 SMOOTHING = 0.5
 STEPS, LOG_EVERY = 16, 2
@@ -103,8 +105,79 @@ def test_a_rule_that_cannot_work_is_a_config_error(tiny: Callable, rule: dict[st
         load_config(tiny(train={"stop": {"metric": "loss", **rule}}))
 
 
-@pytest.mark.parametrize("preflight", [True, False])
-def test_a_metric_that_is_not_logged_is_named(tiny: Callable, preflight: bool):
-    config = tiny(train={"stop": {"metric": "grad_nrom", "below": 0.5}}, run={"preflight": preflight})
-    with pytest.raises(ConfigError, match=r"train.stop.metric = 'grad_nrom' is not logged.*did you mean 'grad_norm'"):
+ANSWERS = {
+    "model": {"family": "llava", "path": "builtin:llava-tiny"},
+    "data": {"path": "builtin:synthetic_answers", "format": "synthetic_answers"},
+}
+
+
+@pytest.mark.parametrize(
+    ("sections", "preset"), [({}, "diffusion_dpo"), ({}, "mapo"), ({}, "sft"), (ANSWERS, "mdpo"), (ANSWERS, "nll")]
+)
+def test_the_names_a_method_gives_before_anything_is_loaded_are_what_a_run_logs(
+    tiny: Callable, sections: dict[str, Any], preset: str
+):
+    never = {"metric": "chosen_error_dleta", "above": 1e9}
+    config = tiny(sections, method={"preset": preset}, train={"steps": 1, "stop": never})
+    with pytest.raises(ConfigError, match="'chosen_error_dleta' is not logged by this method") as caught:
+        load_config(config)
+    names = str(caught.value).partition("Logged: ")[2].split(", ")
+    config["train"]["stop"] = {"metric": names[0], "above": 1e9}
+    (line,) = (mmalign.train(config).folder / "metrics.jsonl").read_text().splitlines()
+    assert names == sorted(json.loads(line).keys() - {"step", "learning_rate", "pairs_per_second"})
+
+
+@pytest.mark.parametrize("command", ["train", "doctor", "explain"])
+def test_a_misspelt_metric_is_one_line_of_each_command(
+    tiny: Callable, mmalign_cli: Callable, tmp_path: Path, command: str
+):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(tiny(train={"stop": {"metric": "grad_nrom", "below": 0.5}})))
+    done = mmalign_cli(command, config)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "train.stop.metric = 'grad_nrom' is not logged by this method (did you mean 'grad_norm'?). Logged: " in line
+    assert not (tmp_path / "run").exists()
+
+
+OWN_METHOD = """
+from mmalign.types import LossPart, Request
+
+
+class Own:
+    loop, accepts, requests_per_row = "offline", frozenset({"surrogate"}), 1
+    needs_reference, needs_negative, sides, golden_loss = False, False, ("chosen",), GOLDEN
+    sides = ("chosen",)
+
+    def check_rows(self, rows):
+        pass
+
+    def requests(self, batch):
+        return [Request(*each) for each in zip(batch.context, batch.chosen, batch.keys)]
+
+    def loss(self, batch, policy, reference_R):
+        return LossPart(-policy.value_R, {"squared_error": -2 * policy.value_R.detach()})
+"""
+
+
+def test_what_only_the_first_batch_can_tell_leaves_the_folder_free(tiny: Callable, tmp_path: Path):
+    """A method that cannot be asked for its names, and one whose declared golden loss is wrong."""
+    method, run = tmp_path / "own.py", tmp_path / "run"
+    config = tiny(
+        train={"steps": 1, "stop": {"metric": "square_error", "above": 1e9}}, method={"name": f"{method}:Own"}
+    )
+    config["method"].pop("preset")
+    method.write_text(OWN_METHOD.replace("GOLDEN", "None"))
+    with pytest.raises(
+        ConfigError,
+        match=r"'square_error' is not logged.*did you mean 'squared_error'.* Logged: grad_norm, loss, squared",
+    ):
         mmalign.train(config)
+    assert not run.exists()
+    config["train"]["stop"]["metric"] = "squared_error"
+    method.write_text(OWN_METHOD.replace("GOLDEN", "1e3"))
+    with pytest.raises(PreflightError, match="expected 1000"):
+        mmalign.train(config)
+    assert not run.exists()
+    method.write_text(OWN_METHOD.replace("GOLDEN", "None"))
+    assert mmalign.train(config).summary["status"] == "finished"

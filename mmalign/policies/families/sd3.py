@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,6 +48,13 @@ class StableDiffusion3(FlowPolicy):
     def sampling_options(self) -> dict[str, Any]:
         model = self.config
         return {} if model.max_sequence_length is None else {"max_sequence_length": model.max_sequence_length}
+
+    def prompt_limits(self) -> dict[str, int]:
+        limits = super().prompt_limits()
+        if "text_encoder_3" in limits:
+            default = inspect.signature(self.pipe.encode_prompt).parameters["max_sequence_length"].default
+            limits["text_encoder_3"] = self.config.max_sequence_length or default
+        return limits
 
     def tokenizer_fingerprint(self) -> str:
         return f"{super().tokenizer_fingerprint()}:{self.config.max_sequence_length}"
