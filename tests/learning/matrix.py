@@ -67,6 +67,7 @@ RECIPES = {
         "synthetic/sdxl_diffusion_dpo_guided_full.yaml", ("data.label_noise=0.5",), "not better"
     ),
     "dpo_lora": Recipe("synthetic/sdxl_diffusion_dpo_lora.yaml", (), "better"),
+    "dpo_lora_shuffled": Recipe("synthetic/sdxl_diffusion_dpo_lora.yaml", ("data.label_noise=0.5",), "not better"),
     "dpo_anchored": Recipe("synthetic/sdxl_diffusion_dpo_anchored_full.yaml", (), "better"),
     "mapo_full": Recipe("synthetic/sdxl_mapo_full.yaml", (), "better"),
     "mapo_full_swapped": Recipe("synthetic/sdxl_mapo_full.yaml", ("data.swap=true",), "worse"),
@@ -75,6 +76,7 @@ RECIPES = {
     "sft_full": Recipe("synthetic/sdxl_mapo_full.yaml", ("method.preset=sft",), "control"),
     "flow_dpo_full": Recipe("synthetic/sd3_flow_dpo_full.yaml", (), "better"),
     "flow_dpo_full_swapped": Recipe("synthetic/sd3_flow_dpo_full.yaml", ("data.swap=true",), "worse"),
+    "flow_dpo_full_shuffled": Recipe("synthetic/sd3_flow_dpo_full.yaml", ("data.label_noise=0.5",), "not better"),
     "flow_mapo_full": Recipe("synthetic/sd3_mapo_full.yaml", (), "better"),
     "flow_mapo_full_swapped": Recipe("synthetic/sd3_mapo_full.yaml", ("data.swap=true",), "worse"),
     "grpo_full": Recipe("synthetic/sdxl_dance_grpo_full.yaml", (), "better"),
