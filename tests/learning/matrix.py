@@ -37,7 +37,8 @@ MEASURES = ("graded", "fraction", "all_right")
 
 @dataclass(frozen=True)
 class Recipe:
-    """A shipped config, changed by overrides; `claim` says what its graded win rate, or its hallucination, must show."""
+    """A shipped config, changed by overrides; `claim` says what its graded win rate without guidance, or `at both` scales, or
+    its hallucination, must show."""
 
     config: str
     overrides: tuple[str, ...] = ()
@@ -54,9 +55,9 @@ class Recipe:
 
 
 RECIPES = {
-    "dpo_full": Recipe("synthetic/sdxl_diffusion_dpo_full.yaml", (), "better"),
+    "dpo_full": Recipe("synthetic/sdxl_diffusion_dpo_full.yaml", (), "better at both"),
     "dpo_full_swapped": Recipe(
-        "synthetic/sdxl_diffusion_dpo_full.yaml", ("data.swap=true", "train.stop=null"), "worse"
+        "synthetic/sdxl_diffusion_dpo_full.yaml", ("data.swap=true", "train.stop=null"), "worse at both"
     ),
     "dpo_full_shuffled": Recipe("synthetic/sdxl_diffusion_dpo_full.yaml", ("data.label_noise=0.5",), "not better"),
     # Without the model's own samples among the losers.
@@ -68,7 +69,7 @@ RECIPES = {
     ),
     "dpo_lora": Recipe("synthetic/sdxl_diffusion_dpo_lora.yaml", (), "better"),
     "dpo_lora_shuffled": Recipe("synthetic/sdxl_diffusion_dpo_lora.yaml", ("data.label_noise=0.5",), "not better"),
-    "dpo_anchored": Recipe("synthetic/sdxl_diffusion_dpo_anchored_full.yaml", (), "better"),
+    "dpo_anchored": Recipe("synthetic/sdxl_diffusion_dpo_anchored_full.yaml", (), "better at both"),
     "mapo_full": Recipe("synthetic/sdxl_mapo_full.yaml", (), "better"),
     "mapo_full_swapped": Recipe("synthetic/sdxl_mapo_full.yaml", ("data.swap=true",), "worse"),
     "mapo_lora": Recipe("synthetic/sdxl_mapo_lora.yaml", (), "better"),
