@@ -23,6 +23,7 @@ from mmalign.config_files import (
     parse_value,
     plain,
     read_with_base,
+    starts_anew,
 )
 from mmalign.registry import nearest
 
@@ -397,7 +398,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     else:
         path = find_config(str(source))
         tree, label = read_with_base(path, origin, seen=()), str(source)
-    for override in overrides:
+    for override in sorted(overrides, key=starts_anew, reverse=True):  # else they would take back what came before them
         apply_override(tree, override, origin)
     apply_preset(tree, origin)
     try:
@@ -449,6 +450,12 @@ def _check_plugins(config: Config) -> None:
 
 def _check_fits(config: Config, family: Any, method: Any) -> None:
     """Method and family belong together, and no key is set that neither of them reads."""
+    for declared in ("loop", "sides", "needs_negative"):
+        if not hasattr(method, declared):
+            raise ValueError(
+                f"method {config.method.name!r} does not declare `{declared}`: docs/how_a_method_and_a_model_meet.md says what "
+                f"a method declares"
+            )
     modality = getattr(family, "modality", None)
     kind = {"image": "surrogate", "text": "exact"}.get(str(modality))
     accepts = getattr(method, "accepts", None)

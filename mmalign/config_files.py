@@ -114,7 +114,7 @@ def _drop_replaced(merged: dict[str, Any], tree: Mapping[str, Any], origin: dict
         _forget_origin(origin, "method")
     if not (isinstance(data, Mapping) and isinstance(old, dict) and "format" in data):
         return
-    if old.get("format", "auto") not in ("auto", data["format"]):
+    if "auto" not in (before := old.get("format", "auto"), data["format"]) and before != data["format"]:
         old.pop("options", None)
         _forget_origin(origin, "data.options")
 
@@ -149,6 +149,11 @@ def parse_value(pair: str) -> tuple[str, Any]:
         return key, yaml.load(text, Loader=_StrictLoader) if text else None
     except yaml.YAMLError:
         raise ConfigError(f"override {pair!r}: {text!r} is not valid YAML") from None
+
+
+def starts_anew(override: str) -> bool:
+    """Whether the override drops what its section holds: see `_drop_replaced`."""
+    return override.partition("=")[0] in ("method.preset", "method.name", "data.format")
 
 
 def apply_override(tree: dict[str, Any], override: str, origin: dict[str, str]) -> None:

@@ -44,8 +44,8 @@ class Entry:
 class Features(Protocol):
     """Looks up or encodes. May be called from several threads; the policy is called from one at a time.
 
-    `visits` holds how often each row was met before: what varies between visits (crop, flip, prompt dropout, variant
-    of a negative) follows from it.
+    `visits` holds how often each row was met before, within the cycle of a reference cache: what varies between visits (crop,
+    flip, prompt dropout, variant of a negative) follows from it.
     """
 
     cache: FeatureCache | None

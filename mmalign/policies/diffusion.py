@@ -35,6 +35,7 @@ from mmalign.types import DrawKey, Request, Sample, Score
 
 logger = logging.getLogger(__name__)
 
+TOKENIZER_BATCH = 10_000
 VAE_PIXELS = 8 * 512**2
 """Of one VAE call, whose activations are the largest of the pipeline: SDXL's in fp32 takes 8 images of 512 px, 2 of 1024."""
 
@@ -255,9 +256,11 @@ class DiffusionPolicy(OnViews):
         limits = self.prompt_limits()
         cut = set(prompts) if limits else set()
         for role, limit in limits.items():
-            texts = sorted(cut)
-            ids = self.tokenizers()[role](texts, verbose=False)["input_ids"] if texts else []
-            cut = {text for text, of_text in zip(texts, ids, strict=True) if len(of_text) > limit}
+            tokenizer, texts, cut = self.tokenizers()[role], sorted(cut), set()
+            for start in range(0, len(texts), TOKENIZER_BATCH):
+                some = texts[start : start + TOKENIZER_BATCH]
+                ids = tokenizer(some, verbose=False)["input_ids"]
+                cut |= {text for text, of_text in zip(some, ids, strict=True) if len(of_text) > limit}
         return cut
 
     def tokenizer_fingerprint(self) -> str:

@@ -201,14 +201,24 @@ class ChatText:
                 f"the chat template ends this answer otherwise than another, so its end is unknown: {text[-60:]!r} does "
                 f"not end with {closing!r}"
             )
-        ends = [closing.index(token) + len(token) for token in self.tokenizer.all_special_tokens if token in closing]
-        if ends:
-            return text[: len(text) - len(closing) + min(ends)]
-        end = self.tokenizer.eos_token
-        if end is None or text.rstrip().endswith(end):  # some data sets write it into their answers
-            return text.rstrip()
-        self._say_once(f"the chat template ends an answer with no special token; {end!r} is added as end of turn")
-        return text.rstrip() + end
+        places = [(closing.index(token), token) for token in self._special_tokens() if token in closing]
+        if places:
+            start, end = min(places)
+            answer, before = text[: len(text) - len(closing)], closing[:start]
+        else:
+            answer, before, end = text.rstrip(), "", self.tokenizer.eos_token
+            if end is None:
+                return answer
+        if answer.rstrip().endswith(end):  # some data sets write it into their answers
+            return answer.rstrip()
+        if not places:
+            self._say_once(f"the chat template ends an answer with no special token; {end!r} is added as end of turn")
+        return answer + before + end
+
+    def _special_tokens(self) -> list[str]:
+        """Those of the vocabulary; `all_special_tokens` alone leaves out an added end of turn that is not the end of text."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        return [*self.tokenizer.all_special_tokens, *(str(token) for token in added if token.special)]
 
     def _render(self, turns: Dialogue, response: str | None = None) -> str:
         import jinja2

@@ -1,6 +1,6 @@
 """The run folder: one run at a time, same config on resume, finished runs say so.
 
-A run that ended before its first checkpoint binds nobody: the next start may have another config and begins anew.
+A run that ended before its first checkpoint does not bind the folder to its config: what it left is moved to earlier-N.
 
 Layout: config.yaml (resolved), metrics.jsonl, tracker_id (wandb, trackio), checkpoints/step_N/, final/, samples/, grid.png,
 report.html, report.json, summary.json.
@@ -9,6 +9,7 @@ report.html, report.json, summary.json.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -25,16 +26,8 @@ from mmalign.run import atomic
 # `train.accumulate` is checked by what it stands for: the rows of a step must stay the same (`Session.restore`).
 FREE_KEYS = ("evaluate", "checkpoint", "run", "output_dir", "data.num_workers", "data.cache_dir", "train.accumulate")
 
-# What a run leaves before its first checkpoint; the next one starts without it.
-BEGUN = (
-    "config.yaml",
-    "checkpoints",
-    "metrics.jsonl",
-    "reward_failures.jsonl",
-    "samples",
-    "tensorboard",
-    "tracker_id",
-)
+# What a run leaves before its first checkpoint, beside config.yaml; a run of another config starts without it.
+BEGUN = ("metrics.jsonl", "reward_failures.jsonl", "samples", "tensorboard", "tracker_id")
 
 
 @dataclass(frozen=True)
@@ -66,6 +59,7 @@ class RunFolder:
         self.path = Path(loaded.config.output_dir).expanduser()
         self.is_main = is_main
         self._lock: Any = None
+        self._sets_aside = False
         try:
             self._open()
         except OSError as error:
@@ -87,8 +81,13 @@ class RunFolder:
                 f"output_dir {str(self.path)!r} already holds a run and run.resume = 'never'. "
                 f"Give a new folder, or run.resume=auto to continue"
             )
-        if used and not self._came_to_nothing():
-            check_same_trajectory(found, self.config)
+        if used:
+            try:
+                check_same_trajectory(found, self.config)
+            except ConfigError:
+                if self._has_weights():
+                    raise
+                self._sets_aside = True
         self._made = not self.path.is_dir()
         self._begun = used
         if self.is_main:
@@ -98,25 +97,33 @@ class RunFolder:
             if self.checkpoints.is_dir():
                 atomic.remove_temporary(self.checkpoints)
 
-    def begin(self) -> None:
-        """Training is about to start: from here on the folder belongs to this config."""
+    def begin(self) -> Path | None:
+        """Training is about to start: from here on the folder belongs to this config.
+
+        Returns where the files of another config's run went that was here and left no weights, if there was one.
+        """
+        aside = None
         if self.is_main:
-            if self._came_to_nothing():  # maybe of another config
-                for name in BEGUN:
-                    path = self.path / name
-                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            if self._sets_aside:
+                aside = self._set_aside()
             atomic.write_text(self.path / "config.yaml", to_yaml(self.config))
             self.checkpoints.mkdir(exist_ok=True)
         self._begun = True
+        return aside
 
-    def _came_to_nothing(self) -> bool:
-        """Whether a run has begun here and left no weights, and nobody anything else: out of memory at its first step, say."""
-        names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
-        return (
-            self.checkpoints.is_dir()
-            and not any(self.checkpoints.glob("step_*"))
-            and all(name in BEGUN or _is_leftover(name) for name in names)
-        )
+    def _has_weights(self) -> bool:
+        results = (self.path / "final", self.path / "summary.json")
+        return any(self.checkpoints.glob("step_*")) or any(path.exists() for path in results)
+
+    def _set_aside(self) -> Path:
+        aside = next(path for n in itertools.count(1) if not (path := self.path / f"earlier-{n}").exists())
+        aside.mkdir()
+        for name in BEGUN:
+            if (self.path / name).exists():
+                (self.path / name).rename(aside / name)
+        # Last, and a copy: whatever interrupts this, the folder still says whose it is.
+        shutil.copy2(self.path / "config.yaml", aside / "config.yaml")
+        return aside
 
     @property
     def checkpoints(self) -> Path:

@@ -206,6 +206,8 @@ class Session:
     def _cut(self, policy: Any, rows: Sequence[Row]) -> str:
         """How many of the rows the model does not see whole, in words."""
         if policy.modality == "image":
+            if not self.is_main:
+                return ""
             cut = policy.cut_prompts(row.prompt for row in rows)
             many = sum(row.prompt in cut for row in rows)
             return f", {many} prompts longer than any text encoder reads, their ends cut" if many else ""
@@ -328,8 +330,9 @@ class Session:
 
     @contextmanager
     def training(self, state: LoopState) -> Iterator[Meter]:
-        """From here on the folder holds a run; nothing that was refused before leaves anything in it."""
-        self.folder.begin()
+        """From here on the folder holds a run of this config; one that was refused before this leaves no config.yaml."""
+        if aside := self.folder.begin():
+            self.say(f"a run of another config that left no checkpoint was here; its files are now in {aside}")
         if self.is_main:
             self.tracker = Tracker(self.folder.path, self.config.run.tracker, dump(self.config), resumed_at=state.step)
         self._meter = Meter(state.pending, state.pending_counts)

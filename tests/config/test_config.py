@@ -63,7 +63,27 @@ def test_another_data_format_starts_the_options_anew(write):
     child = write("rows.yaml", "base: pairs.yaml\ndata: {path: rows.jsonl, format: jsonl}\n")
     assert load_config(child).config.data.options == {}
     assert load_config(base, ["data.path=rows.jsonl", "data.format=jsonl"]).config.data.options == {}
-    assert load_config(base, ["data.format=synthetic"]).config.data.options == {"num_pairs": 8}
+    for kept in ("synthetic", "auto"):
+        assert load_config(base, [f"data.format={kept}"]).config.data.options == {"num_pairs": 8}
+
+
+def test_what_starts_a_section_anew_takes_back_no_other_override(write):
+    overrides = [
+        "data.options.id_column=key",
+        "data.format=jsonl",
+        "method.losses=[{name: mapo}]",
+        "method.preset=mapo",
+    ]
+    for given in (overrides, overrides[::-1]):
+        config = load_config(write("own.yaml", BASE), given).config
+        assert config.data.options == {"id_column": "key"}
+        assert config.method.options()["losses"] == [{"name": "mapo"}]
+
+
+def test_a_method_says_what_it_reads_of_a_row(write, tmp_path):
+    (tmp_path / "mine.py").write_text("class Mine:\n    loop = 'offline'\n    needs_negative = False\n")
+    with pytest.raises(ConfigError, match=r"Mine.*does not declare `sides`"):
+        load_config(write("own.yaml", BASE), [f"method.name={tmp_path}/mine.py:Mine"])
 
 
 def test_preset_fills_what_is_not_given(write):

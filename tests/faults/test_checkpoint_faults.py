@@ -244,14 +244,19 @@ def test_a_run_without_a_checkpoint_gives_its_folder_to_another_config(
     run = tmp_path / "run"
     left = {"checkpoints", "config.yaml", "metrics.jsonl", "samples", "tensorboard"}
     assert {path.name for path in run.iterdir()} == left
+    logged = (run / "metrics.jsonl").read_bytes()
     (run / "notes.txt").write_text("precious")
-    refused(small, ConfigError, "train.batch_size: 4 -> 2")
-    (run / "notes.txt").unlink()
     refused({**small, "run": {"resume": "never"}}, ConfigError, "run.resume = 'never'")
 
     mmalign.train(small)
+    # Nothing that was there is gone.
+    earlier = run / "earlier-1"
+    assert {path.name for path in earlier.iterdir()} == left - {"checkpoints"}
+    assert (earlier / "metrics.jsonl").read_bytes() == logged
+    assert "batch_size: 4" in (earlier / "config.yaml").read_text()
     other = mmalign.train({**small, "output_dir": str(tmp_path / "other")}).folder
-    assert {path.name for path in run.iterdir()} == {path.name for path in other.iterdir()}
+    names = {path.name for path in run.iterdir()} - {"earlier-1", "notes.txt"}
+    assert names == {path.name for path in other.iterdir()}
     weights = "checkpoints/step_2/weights.safetensors"
     assert (run / weights).read_bytes() == (other / weights).read_bytes()
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2]

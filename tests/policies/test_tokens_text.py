@@ -144,9 +144,16 @@ def test_special_tokens_inside_an_answer_do_not_end_it(load, template, answer):
     assert decode(policy, policy.tokenize(row(chosen=answer), "chosen")[1]) == f"{answer} </s>"
 
 
-def test_an_answer_that_brings_its_end_of_text_gets_no_second_one(load):
-    policy = load(template=LLAVA15_TEMPLATE)
+@pytest.mark.parametrize("template", [LLAVA15_TEMPLATE, INLINE_TEMPLATE])
+def test_an_answer_that_brings_its_end_of_text_gets_no_second_one(load, template):
+    policy = load(template=template)
     assert decode(policy, policy.tokenize(row(chosen="red </s>"), "chosen")[1]) == "red </s>"
+
+
+def test_an_added_end_of_turn_that_is_not_the_end_of_text_ends_the_answer(load):
+    policy = load(template=INLINE_TEMPLATE.replace("' ' + eos_token", "' <end_of_turn>'"))
+    policy.processor.tokenizer.add_tokens(["<end_of_turn>"], special_tokens=True)
+    assert decode(policy, policy.tokenize(row(chosen="red"), "chosen")[1]).split() == ["red", "<end_of_turn>"]
 
 
 def test_what_a_template_writes_after_the_end_of_turn_is_not_scored(load):
