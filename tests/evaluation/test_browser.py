@@ -87,8 +87,9 @@ def test_controls_keyboard_and_lightbox(report: tuple[Report, Path], tmp_path: P
       press(' '); out.flippedAgain = document.querySelector('.pane.on h3').textContent;
       await wait(100); out.wide = document.querySelector('.pane.on img').getBoundingClientRect().width;
       press('Escape'); out.closed = [$('box').open, location.hash.includes('open')];
-      await wait(200);
-      out.loaded = [...document.querySelectorAll('.card img')].filter(image => image.naturalWidth === 16).length;
+      const loaded = () => [...document.querySelectorAll('.card img')].filter(image => image.naturalWidth === 16).length;
+      for (let n = 0; n < 50 && loaded() < 20; n++) await wait(100);
+      out.loaded = loaded();
       out.rows = [...document.querySelectorAll('#summary tbody tr')].length;
     """
     out, _ = browse(report[1] / "report.html", "", tmp_path, script)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,15 +31,20 @@ def test_an_offline_run_is_told_of_train_accumulate(tiny: Callable):
         mmalign.train(tiny(train={"steps": 2, "batch_size": 2, "accumulate": 1}))
 
 
-def test_an_online_run_is_told_of_its_method(tmp_path: Path):
-    """There only another default can lead here: what the config says is compared before, and processes do not matter."""
-    method = tmp_path / "mine.py"
+def test_an_online_run_is_told_of_its_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """There only another default can lead here, of a package that was updated: what the config and own files say is compared
+    before, and processes do not matter."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # both versions are written within a second
+    method = tmp_path / "installed_method.py"
     method.write_text(METHOD.format(group_size=4))
     config = online_config(tmp_path, [f"{write_rewards(tmp_path)}:red"], train={"steps": 1})
-    config["method"] = {"name": f"{method}:Mine"}
+    config["method"] = {"name": "installed_method:Mine"}
     mmalign.train(config)
     method.write_text(METHOD.format(group_size=6))
+    monkeypatch.delitem(sys.modules, "installed_method")
     longer = {**config, "train": {**config["train"], "steps": 2}}
     with pytest.raises(CheckpointError, match=r"8 rows per step, this start would use 12: .*defaults") as found:
         mmalign.train(longer)
     assert "train.accumulate" not in str(found.value)
+    sys.modules.pop("installed_method")
