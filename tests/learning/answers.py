@@ -28,7 +28,8 @@ BATCH = 50
 NUM_CROPS = 4
 FRESH_SCENES = slice(1600, 2800)
 """Held-out scenes that no reading had touched when this line was committed: the first 400 had been read with two settings,
-the next 1200 after that. Read once, with one crop, on the runs of the settings shipped at that commit."""
+the next 1200 after that. A replication, not the measure the target was set on. Read once, with one crop, on the runs of the
+settings shipped at that commit."""
 
 
 def scores(run: Path) -> dict[str, dict[str, np.ndarray]]:
