@@ -26,3 +26,10 @@ def builtin_path(spec: str) -> Path:
     prompts = [path.stem for path in (root / "prompts").glob("*.txt")]
     known = sorted(folders + prompts)
     raise ValueError(f"{spec!r} is not bundled{nearest(name, known)}. Bundled: {', '.join(PREFIX + k for k in known)}")
+
+
+def bundled_data() -> list[str]:
+    """Data sets and prompt lists that are bundled as files, as `builtin:NAME`."""
+    root = Path(str(files("mmalign.assets")))
+    sets = [path.parent.name for path in root.glob("*/*.parquet")]
+    return sorted(PREFIX + name for name in [*sets, *(path.stem for path in (root / "prompts").glob("*.txt"))])

@@ -21,6 +21,7 @@ from mmalign.data.prompts import read_prompts
 from mmalign.data.records import read_list
 from mmalign.data.synthetic import ANSWERS_PATH, PATH
 from mmalign.data.tables import is_saved_dataset
+from mmalign.registry import nearest
 from mmalign.types import DataError
 
 __all__ = [
@@ -47,19 +48,23 @@ HUB_NAMES = {
 }
 PICKAPIC_COLUMNS = {"caption", "jpg_0", "jpg_1", "label_0", "label_1"}
 PROMPT_SUFFIXES = (".txt", ".tsv")
+DRAWN = {PATH: "synthetic", ANSWERS_PATH: "synthetic_answers"}
 READABLE = ".jsonl, .json, .parquet and .arrow files, prompt lists (.txt, .tsv)"
 
 
 def locate(path: str) -> str:
-    """`path`, or the folder behind `builtin:NAME` where a data set of files is bundled under that name."""
-    if not path.startswith("builtin:") or path in (PATH, ANSWERS_PATH):
-        return path
-    from mmalign.builtin import builtin_path
+    """`path`, or the folder behind `builtin:NAME` where a data set of files is bundled under that name.
 
-    try:
-        found = builtin_path(path)
-    except ValueError:
-        return path  # The reader of the synthetic world names what there is.
+    Raises `DataError` with the bundled names for one that is not among them.
+    """
+    from mmalign.builtin import PREFIX, builtin_path, bundled_data
+
+    if not path.startswith(PREFIX) or path in DRAWN:
+        return path
+    known = [*DRAWN, *bundled_data()]
+    if path not in known:
+        raise DataError(f"no bundled data set {path!r}{nearest(path, known)}. Bundled: {', '.join(known)}")
+    found = builtin_path(path)
     return str(found) if found.is_dir() else path
 
 
@@ -67,7 +72,7 @@ def detect_format(path: str) -> str:
     """The reader that fits `path`. Raises `DataError` saying what was looked for when that cannot be told."""
     path = locate(path)
     if path.startswith("builtin:"):
-        return _detect_builtin(path)
+        return DRAWN.get(path, "prompts")
     local = Path(path).expanduser()
     if local.is_file():
         return _detect_file(local)
@@ -78,18 +83,6 @@ def detect_format(path: str) -> str:
     raise DataError(
         f"data.path {path!r} does not exist (relative paths start at {Path.cwd()}) and is not a hub id (owner/name)"
     )
-
-
-def _detect_builtin(path: str) -> str:
-    """A bundled prompt list, or a reader of the synthetic world, which names what there is."""
-    from mmalign.builtin import builtin_path
-
-    if path == ANSWERS_PATH:
-        return "synthetic_answers"
-    try:
-        return "prompts" if builtin_path(path).suffix == ".txt" else "synthetic"
-    except ValueError:
-        return "synthetic"
 
 
 def _detect_file(file: Path) -> str:

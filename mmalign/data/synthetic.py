@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from mmalign.registry import nearest
 from mmalign.types import DataError, ImageRef, Row
 
 PATH = "builtin:synthetic"
@@ -96,8 +95,4 @@ def read_synthetic_answers(
 
 def _check_path(path: str, expected: str) -> None:
     if path != expected:
-        known = [PATH, ANSWERS_PATH]
-        raise DataError(
-            f"no bundled data set {path!r}{nearest(path, known)}; this reader draws {expected!r}. "
-            f"Bundled: {', '.join(known)}"
-        )
+        raise DataError(f"data.path {path!r}: this reader reads no files, it draws {expected!r}; set data.format to read files")

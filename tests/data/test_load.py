@@ -238,7 +238,6 @@ def test_threads_keep_the_order_and_pass_errors_on():
     [
         ("builtin:synthetic", "synthetic"),
         ("builtin:synthetic_answers", "synthetic_answers"),
-        ("builtin:no_such_thing", "synthetic"),
         ("builtin:relations_dev", "prompts"),
         ("owner/pairs", "hub"),
         ("yuvalkirstain/pickapic_v2", "pickapic"),

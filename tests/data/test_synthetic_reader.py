@@ -35,6 +35,7 @@ def test_options_reach_the_drawing(data_config):
     ("path", "options", "says"),
     [
         ("builtin:synth", {}, r"no bundled data set 'builtin:synth' \(did you mean 'builtin:synthetic'\?\)"),
+        ("builtin:sdxl-pair", {}, r"no bundled data set 'builtin:sdxl-pair' \(did you mean 'builtin:sdxl-pairs'\?\)"),
         ("builtin:synthetic", {"num_pairs": 0}, "num_pairs 0 is out of range"),
         ("builtin:synthetic", {"tier": "colours"}, "option 'tier'"),
         ("builtin:synthetic", {"pairs_kind": "x"}, "has no option 'pairs_kind'"),
@@ -62,7 +63,7 @@ def test_answer_rows_are_the_drawn_pairs(data_config):
     [
         ("auto", "builtin:synthetic_answers", {"num_pairs": 0}, "num_pairs 0 is out of range"),
         ("auto", "builtin:synthetic_answers", {"tier": "attributes"}, "has no option 'tier'"),
-        ("synthetic_answers", "builtin:synthetic", {}, "this reader draws 'builtin:synthetic_answers'"),
+        ("synthetic_answers", "builtin:synthetic", {}, "it draws 'builtin:synthetic_answers'"),
     ],
 )
 def test_bad_answer_options_are_named(format_, path, options, says, data_config):
