@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import threading
 import time
 import warnings
@@ -249,6 +250,8 @@ class _Build:
         self.digests: set[str] = set()
         self._done: set[str] = set()
         self._pending: dict[str, tuple[Any, str]] = {}
+        self._expected: dict[Kind, int] = {}
+        self._sized: set[Kind] = set()
 
     def prompts(self, entries: Sequence[Entry]) -> Iterator[int]:
         missing = []
@@ -259,6 +262,7 @@ class _Build:
             else:
                 self.reused += 1
                 self.bytes += size
+        self._expected["prompt"] = len(missing)
         for start in range(0, len(missing), self.batch_size):
             chunk = missing[start : start + self.batch_size]
             self._encode("prompt", {entry.key: (entry.prepare(), entry.source) for entry in chunk})
@@ -273,6 +277,8 @@ class _Build:
                     raise stopped_by(found.problem)
                 self.bad.append(found.problem)
             else:
+                # At most: images that rows share, and those the cache has, are not known yet.
+                self._expected.setdefault("image", len(rows) * len(found.keys))
                 self._take(found)
             yield done
         while self._pending:
@@ -319,6 +325,20 @@ class _Build:
 
     def _encode(self, kind: Kind, chunk: dict[str, tuple[Any, str]]) -> None:
         records = self.features.encode(kind, [ready for ready, _ in chunk.values()], [s for _, s in chunk.values()])
-        for key, record in zip(chunk, records, strict=True):
-            self.bytes += self.cache.put(key, record)
-            self.encoded += 1
+        written = sum(self.cache.put(key, record) for key, record in zip(chunk, records, strict=True))
+        self.bytes += written
+        self.encoded += len(chunk)
+        if kind not in self._sized:
+            self._sized.add(kind)
+            self._warn_if_too_large(kind, self._expected[kind] - len(chunk), written / len(chunk))
+
+    def _warn_if_too_large(self, kind: Kind, to_come: int, bytes_each: float) -> None:
+        """Said after the first chunk, not by a full disk hours later: one prompt of T5 takes megabytes."""
+        free = shutil.disk_usage(self.cache.folder).free
+        if to_come * bytes_each > free:
+            warnings.warn(
+                f"up to {to_come} more {kind}s need up to {to_come * bytes_each / 2**30:.1f} GiB below {self.cache.folder}, "
+                f"where {free / 2**30:.1f} GiB are free; set data.cache_dir to a larger disk, or data.cache: false",
+                RuntimeWarning,
+                stacklevel=2,
+            )

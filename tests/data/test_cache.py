@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -237,6 +238,19 @@ def test_both_flips_and_all_crops_are_built(cache, make_rows, linear_policy, dat
     assert len(policy.images) == 24, "the build left nothing to encode"
     plain, mirrored = (features.image(rows[0].chosen, rows[0].id, 0, flip)["size"] for flip in (False, True))
     assert torch.equal(plain, mirrored), "same crop fractions for both flips"
+
+
+@pytest.mark.parametrize(("free", "warned"), [(10_000, ["prompts", "images"]), (10_000_000, [])])
+def test_a_disk_too_small_is_said_after_the_first_chunk(
+    free, warned, cache, make_rows, linear_policy, data_config, monkeypatch
+):
+    disk = shutil.disk_usage(cache.folder.parent)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: disk)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        build_cache(linear_policy(), make_rows(60), data_config(), cache, seed=0)
+    said = [str(warning.message) for warning in caught if "free; set data.cache_dir" in str(warning.message)]
+    assert [next(kind for kind in ("prompts", "images") if kind in text) for text in said] == warned
 
 
 @pytest.mark.parametrize("change", ["encoder", "resolution", "size of the model"])
