@@ -26,10 +26,6 @@ MEASURES = ("grounded", "recall", "exact", "mentioned")
 NUM_RESAMPLES = 10_000
 BATCH = 50
 NUM_CROPS = 4
-FRESH_SCENES = slice(1600, 2800)
-"""Held-out scenes that no reading had touched when this line was committed: the first 400 had been read with two settings,
-the next 1200 after that. A replication, not the measure the target was set on. Read once, with one crop, on the runs of the
-settings shipped at that commit."""
 
 
 def scores(run: Path) -> dict[str, dict[str, np.ndarray]]:
@@ -105,13 +101,6 @@ def image_accuracy(runs: list[Path], split: str, scenes: slice | None = None) ->
     return {name: _share(wins_TP) for name, wins_TP in readings.items()}
 
 
-def image_accuracy_fresh(runs: list[Path]) -> dict[str, dict[str, Any]]:
-    """`image_accuracy`, one crop of each scene, on FRESH_SCENES of the held-out split."""
-    return {
-        "image_accuracy_fresh": _share(np.stack([image_wins(run, "heldout", FRESH_SCENES, 1)[0][:, 0] for run in runs]))
-    }
-
-
 def _share(wins_TP: np.ndarray) -> dict[str, Any]:
     matrix = seed_matrix(wins_TP[:, :, None])
     return {
@@ -122,18 +111,16 @@ def _share(wins_TP: np.ndarray) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def image_wins(
-    run: Path, split: str, scenes: slice | None = None, num_crops: int = NUM_CROPS
-) -> tuple[np.ndarray, np.ndarray]:
+def image_wins(run: Path, split: str, scenes: slice | None = None) -> tuple[np.ndarray, np.ndarray]:
     """On `scenes` of the split, by default those the run was evaluated on.
 
-    `[P, num_crops]`: 1 where the true image wins against the crop, ties ½; and `[P]`: the number of objects in the scene.
+    `[P, NUM_CROPS]`: 1 where the true image wins against the crop, ties ½; and `[P]`: the number of objects in the scene.
     """
     config = Config.model_validate(yaml.safe_load((run / "config.yaml").read_text()))
     scenes = scenes or slice(0, config.evaluate.limit)
     questions = read_questions(f"builtin:scenes_{split}", scenes.stop)[scenes]
     # A run that trained blind is asked with its eyes open.
-    negative = NegativeConfig(kind="crop", variants=num_crops)
+    negative = NegativeConfig(kind="crop", variants=NUM_CROPS)
     data = config.data.model_copy(update={"blind": False, "image_negative": negative})
     rows = [
         Row(id=q.id, prompt=q.prompt, images=q.images, chosen=str(q.columns["truth"]), source=q.source)
@@ -141,7 +128,7 @@ def image_wins(
     ]
     tuned = config.model.model_copy(update={"lora": None, "adapters": [*config.model.adapters, str(run / "final")]})
     tuned_PI, base_PI = (
-        image_scores(load_policy(model, data=data, device="cpu", train=False), rows, data, num_crops)
+        image_scores(load_policy(model, data=data, device="cpu", train=False), rows, data)
         for model in (tuned, config.model.model_copy(update={"lora": None}))
     )
     reward_PI = tuned_PI - base_PI
@@ -149,12 +136,12 @@ def image_wins(
     return (np.sign(reward_PI[:, :1] - reward_PI[:, 1:]) + 1) / 2, num_objects_P
 
 
-def image_scores(policy: Any, rows: list[Row], data: DataConfig, num_crops: int) -> np.ndarray:
-    """`[P, 1 + num_crops]` log-probabilities of each row's caption, with its image and with each crop."""
+def image_scores(policy: Any, rows: list[Row], data: DataConfig) -> np.ndarray:
+    """`[P, 1 + NUM_CROPS]` log-probabilities of each row's caption, with its image and with each crop."""
     # Its own seed: the crops that training saw must not be the ones that are asked about.
     features = make_features(policy, data, None, seed=12345, rows=rows, negatives=True)
     columns = []
-    for draw in range(-1, num_crops):
+    for draw in range(-1, NUM_CROPS):
         values = []
         for start in range(0, len(rows), BATCH):
             some = rows[start : start + BATCH]
@@ -184,11 +171,6 @@ if __name__ == "__main__":
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--split", choices=["dev", "heldout"], default="heldout")
     parser.add_argument("--scenes", nargs=2, type=int, default=[0, 400], metavar=("FIRST", "END"))
-    parser.add_argument("--fresh", action="store_true", help="only one crop of the scenes set aside for a last reading")
     options = parser.parse_args()
-    accuracies = (
-        image_accuracy_fresh(options.runs)
-        if options.fresh
-        else image_accuracy(options.runs, options.split, slice(*options.scenes))
-    )
+    accuracies = image_accuracy(options.runs, options.split, slice(*options.scenes))
     show(options.runs[0].name, accuracies)

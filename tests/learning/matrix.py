@@ -211,8 +211,6 @@ def main(arguments: list[str] | None = None) -> int:
         ]
         if RECIPES[name].answers:
             table = answers.summarise(runs[name]) | answers.image_accuracy(runs[name], options.split)
-            if options.split == "heldout":
-                table |= answers.image_accuracy_fresh(runs[name])
             answers.show(name, table)
         else:
             table = summarise(runs[name])
