@@ -95,4 +95,6 @@ def read_synthetic_answers(
 
 def _check_path(path: str, expected: str) -> None:
     if path != expected:
-        raise DataError(f"data.path {path!r}: this reader reads no files, it draws {expected!r}; set data.format to read files")
+        raise DataError(
+            f"data.path {path!r}: this reader reads no files, it draws {expected!r}; set data.format to read files"
+        )
