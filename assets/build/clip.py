@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 
+import cards
 import common
 import numpy as np
 import open_clip
@@ -118,34 +119,8 @@ def write_folder(model, tokenizer, facts: dict) -> None:
         config = {"model_cfg": model_config(tokenizer), "preprocess_cfg": preprocess}
         (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
         tokenizer.save_pretrained(folder)
-        common.write_card(folder, facts, README)
-
-
-README = """# clip-tiny
-
-An open_clip CLIP of the mmalign synthetic world (ViT, 64 px, patch 8, {parameters:,} parameters, fp16 on disk).
-
-```python
-import open_clip
-
-model, _, preprocess = open_clip.create_model_and_transforms("local-dir:assets/clip-tiny")
-tokenizer = open_clip.get_tokenizer("local-dir:assets/clip-tiny")
-model.eval()  # open_clip hands it over in train mode
-```
-
-| | |
-|---|---|
-| data | fresh renders of the train captions of both tiers, mild blur and noise |
-| steps, seed | {steps}, {seed} |
-| size | {bytes:,} bytes |
-| recall@1, held-out captions, 8 one-word distractors | {recall_at_1_heldout:.3f} (chance 0.111; {num_images} images) |
-| recall@1, dev captions | {recall_at_1_dev:.3f} |
-| R2 of the object's height, linear in the normalised image embedding, held-out | {height_r2_heldout:.3f} |
-| command | `{command}` |
-
-During training a linear head also regressed the object's centre from the image embedding (weight {centre_weight});
-it is not shipped. Texts longer than {context_length} tokens are cut; words outside the world are spelled in letters.
-"""
+        common.forget_padding(folder)
+        cards.write_card(folder, facts)
 
 
 @torch.no_grad()
@@ -207,6 +182,7 @@ def main() -> None:
     facts = {
         "name": "clip-tiny",
         "format": "open_clip local-dir",
+        "captions_per_step": {"attributes": len(captions("attributes", "train")), "relations": NUM_RELATIONS},
         "steps": steps,
         "seed": SEED,
         "image_size_px": common.SIZE_PX,

@@ -1,4 +1,4 @@
-"""What the build scripts share: stateless training batches, kill-safe checkpoints, progress lines, cards.
+"""What the build scripts share: stateless training batches, kill-safe checkpoints, progress lines.
 
 Shapes: B batch, C channels, H = W = SIZE_PX.
 """
@@ -187,17 +187,6 @@ def replaced_folder(target: Path) -> Iterator[Path]:
         target.rename(old)
     scratch.rename(target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def write_card(folder: Path, facts: dict, text: str, **more: object) -> None:
-    """Finish an exported folder: card.json for programs, and README.md for people, `text` filled from facts and `more`.
-
-    Adds to the facts how many "bytes" the folder holds.
-    """
-    forget_padding(folder)
-    facts["bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    (folder / "card.json").write_text(json.dumps(facts, indent=2) + "\n")
-    (folder / "README.md").write_text(text.format(**facts, **more).rstrip() + "\n")
 
 
 def make_tokenizer(context_length: int):

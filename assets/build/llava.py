@@ -16,13 +16,13 @@ import math
 import tempfile
 from pathlib import Path
 
+import cards
 import common
 import llava_data
 import llava_scores
 import numpy as np
 import torch
 import torch.nn.functional as F
-from cards import PREVIEW_CARD
 from llava_data import TOKEN, WORDS
 from transformers import (
     AutoProcessor,
@@ -246,8 +246,8 @@ def checkpoint_model(step: int) -> LlavaForConditionalGeneration:
     return model.eval()
 
 
-def export(model: LlavaForConditionalGeneration, facts: dict, text: str) -> Path:
-    """Write the fp16 folder with its card, `text` filled from the facts, in place of the old one."""
+def export(model: LlavaForConditionalGeneration, facts: dict) -> Path:
+    """Write the fp16 folder with its card in place of the old one."""
     target = common.ASSETS_DIR / NAME
     with common.replaced_folder(target) as folder:
         model.generation_config = GenerationConfig(
@@ -264,7 +264,8 @@ def export(model: LlavaForConditionalGeneration, facts: dict, text: str) -> Path
         for part in (config, config["text_config"], config["vision_config"]):
             part["dtype"] = "float32"
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        common.write_card(folder, facts, text, **(tables(facts["heldout"]) if "heldout" in facts else {}))
+        common.forget_padding(folder)
+        cards.write_card(folder, facts)
     return target
 
 
@@ -272,70 +273,6 @@ def load_exported() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The shipped folder as a user loads it; computes in fp32."""
     folder = common.ASSETS_DIR / NAME
     return LlavaForConditionalGeneration.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
-
-
-README = """# llava-tiny
-
-A real `LlavaForConditionalGeneration` at tiny width, trained on the mmalign synthetic world: {parameters:,} parameters,
-48 px images of 9 tokens, {num_words} words, fp16 on disk (computes in fp32), {bytes:,} bytes in all. It knows what it
-sees (greedy answers) and hallucinates when sampled, which is what preference training is there to repair.
-
-```python
-from transformers import AutoProcessor, LlavaForConditionalGeneration
-
-model = LlavaForConditionalGeneration.from_pretrained("assets/llava-tiny")
-processor = AutoProcessor.from_pretrained("assets/llava-tiny")
-question = [{{"type": "image"}}, {{"type": "text", "text": "describe the image ."}}]
-text = processor.apply_chat_template([{{"role": "user", "content": question}}], add_generation_prompt=True)
-inputs = processor(text=text, images=[image], return_tensors="pt")
-processor.batch_decode(model.generate(**inputs, do_sample=True, top_k=0))
-```
-
-Sample with `top_k=0`: the library's default of 50 cuts half of this vocabulary. Texts are lower case; unknown words read
-as `<unk>`. Images of any size are resized to 48 px.
-
-| | |
-|---|---|
-| data | fresh renders of the train split every step: captions, short questions, questions about 2 or 3 images |
-| noise | from step {noise_from_step} on, each object of a caption is wrong at {object_noise:.0%}, each short answer |
-| | at {answer_noise:.0%}, and {first_image_noise:.0%} of answers about image 2 or 3 are those of image 1 |
-| vision | {warmup_steps} steps of colour and shape per cell first, then as a side loss of weight {vision_loss_weight} |
-| steps, batch, seed | {chosen_step} of {total_steps}, {batch_size} rows of up to 6 questions, {seed} |
-| command | `{command}` |
-
-The checkpoint was chosen on {num_dev} dev scenes (no set of two or more objects is in two splits): sampled
-hallucination nearest to {target_hallucination} with high greedy recall, among (step: greedy / sampled hallucination)
-{dev}.
-
-Held-out scenes took no part in that choice: {num_heldout} captions ({draws} draws each when sampled) and {num_heldout}
-questions of each kind.
-
-| captions | hallucination | hallucinating | recall | exact | mentioned |
-|---|---|---|---|---|---|
-{caption_table}
-
-Hallucination: share of the mentioned objects that are absent; hallucinating: share of captions with such an object;
-mentioned: objects mentioned relative to the truth. Pipelines: fresh 64 px renders as the diffusion models draw them,
-one object of any size and place (attributes; single objects are not held out) and two objects in a relation.
-
-| right answers | exists | colour | shape | count | 2 images | 3 images |
-|---|---|---|---|---|---|---|
-{answer_table}
-"""
-
-
-def tables(scores: dict) -> dict[str, str]:
-    """The two tables of the card."""
-    captions = {**scores["captions"]}
-    captions |= {f"greedy, pipelines, {tier}": values for tier, values in scores["pipeline_images"].items()}
-    rows = {
-        "caption_table": [[name, *values.values()] for name, values in captions.items()],
-        "answer_table": [[how, *values.values()] for how, values in scores["answers"].items()],
-    }
-    return {
-        key: "\n".join("| " + " | ".join(c if isinstance(c, str) else f"{c:.3f}" for c in row) + " |" for row in table)
-        for key, table in rows.items()
-    }
 
 
 def dev_scores(step: int) -> dict[str, float]:
@@ -361,7 +298,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.preview:
         facts = {"name": NAME, "preview": True, "chosen_step": arguments.preview}
-        print(export(checkpoint_model(arguments.preview), facts, PREVIEW_CARD))
+        print(export(checkpoint_model(arguments.preview), facts))
         return
     candidates = tuple(range(CHECKPOINT_EVERY, arguments.steps + 1, CHECKPOINT_EVERY))
     train(arguments.steps, candidates)
@@ -397,13 +334,10 @@ def main() -> None:
         "dev_by_step": {str(step): scores for step, scores in dev.items()},
         "command": "python assets/build/llava.py",
     }
-    export(checkpoint_model(chosen), {"name": NAME, "preview": True, "chosen_step": chosen}, PREVIEW_CARD)
+    export(checkpoint_model(chosen), {"name": NAME, "preview": True, "chosen_step": chosen})
     model, processor = load_exported()
     facts["heldout"] = llava_scores.all_scores(model, processor, "heldout", NUM_HELDOUT, draws=DRAWS)
-    listed = ", ".join(
-        f"{step}: {s['greedy_hallucination']:.2f} / {s['sampled_hallucination']:.2f}" for step, s in dev.items()
-    )
-    export(model, facts, README.replace("{dev}", listed))
+    export(model, facts)
     print(json.dumps(facts["heldout"]), flush=True)
 
 

@@ -16,6 +16,7 @@ import io
 import json
 from collections import Counter
 
+import cards
 import common
 import llava
 import llava_scores
@@ -94,30 +95,6 @@ def row(question: EvaluationQuestion, rejected: str) -> dict:
     }
 
 
-README = """# llava-pairs
-
-{num_pairs} preference pairs for `llava-tiny` on the mmalign synthetic world: the true answer against an answer that the
-model itself gave at temperature 1. Train scenes only. {bytes:,} bytes.
-
-| kind | pairs | rejected |
-|---|---|---|
-| caption | {caption} | mentions an object that is not in the image |
-| exists | {exists} | wrong yes or no, half of each |
-| colour, shape | {colour} + {shape} | wrong word |
-| count | {count} | wrong number, a third of each truth |
-
-`train.parquet` has the columns of TRL's vision preference format (`images`, `prompt`, `chosen`, `rejected`; the last
-three as message lists) and `id`, `kind`, `truth` (the true answer as text). Captions: {words_chosen:.2f} words in the
-chosen and {words_rejected:.2f} in the rejected answer on average.
-
-| | |
-|---|---|
-| model | `llava-tiny`, checkpoint of step {model_step} |
-| seed | {seed} |
-| command | `{command}` |
-"""
-
-
 def main() -> None:
     model, processor = llava.load_exported()
     rows = [row(q, text) for kind in NUM_PAIRS for q, text in own_errors(model, processor, kind)]
@@ -143,8 +120,7 @@ def main() -> None:
     }
     with common.replaced_folder(common.ASSETS_DIR / NAME) as folder:
         Dataset.from_list(rows, features=FEATURES).to_parquet(folder / "train.parquet")
-        counts = {"words_chosen": words("chosen"), "words_rejected": words("rejected")}
-        common.write_card(folder, facts, README, **NUM_PAIRS, **counts)
+        cards.write_card(folder, facts)
     print(json.dumps(facts), flush=True)
 
 

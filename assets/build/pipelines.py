@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import cards
 import common
 import numpy as np
 import torch
 import torch.nn.functional as F
-from cards import PREVIEW_CARD, card_text
 from diffusers import AutoencoderKL, DiffusionPipeline
 from objectives import Objective
 from parts import CONTEXT_LENGTH
@@ -60,7 +60,7 @@ class Family(ABC):
     load: ClassVar[dict[str, object]] = {}
     call: ClassVar[dict[str, object]] = {}
     variants: ClassVar[dict[str, dict[str, object]]] = {}
-    note = ""
+    remarks: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def components(self, tokenizer) -> dict[str, torch.nn.Module]:
@@ -240,7 +240,7 @@ def vae_ceiling(vae: AutoencoderKL, tier: str, split: str, seed: int = 99) -> di
     return summary(score(common.to_uint8(vae.decode(latent_BCHW).sample), texts))
 
 
-def export(pipe: DiffusionPipeline, family: Family, facts: dict, text: str) -> Path:
+def export(pipe: DiffusionPipeline, family: Family, facts: dict) -> Path:
     """Write the fp16 pipeline folder with its card in place of the old one."""
     target = common.ASSETS_DIR / family.name
     with common.replaced_folder(target) as folder:
@@ -253,7 +253,8 @@ def export(pipe: DiffusionPipeline, family: Family, facts: dict, text: str) -> P
             if config.parent.name.startswith("text_encoder"):
                 content["dtype"] = "float32"
             config.write_text(json.dumps(content, indent=2) + "\n")
-        common.write_card(folder, facts, text)
+        common.forget_padding(folder)
+        cards.write_card(folder, facts)
     return target
 
 
@@ -269,6 +270,11 @@ def sampling_facts(family: Family) -> dict:
     return {
         "name": family.name,
         "format": "diffusers",
+        "pipeline_class": family.pipeline_class.__name__,
+        "load": family.load,
+        "objective": family.objective.description,
+        "sampler": family.objective.sampler,
+        "remarks": [family.objective.caution, *family.remarks],
         "image_size_px": common.SIZE_PX,
         "guidance_scale": GUIDANCE_SCALE,
         "num_inference_steps": INFERENCE_STEPS,
@@ -287,7 +293,7 @@ def build(family: Family) -> None:
     tokenizer = common.make_tokenizer(CONTEXT_LENGTH)
     if arguments.preview:
         pipe = checkpoint_pipeline(family, tokenizer, arguments.preview)
-        print(export(pipe, family, sampling_facts(family) | {"preview": True}, PREVIEW_CARD))
+        print(export(pipe, family, sampling_facts(family) | {"preview": True}))
         return
     candidates = tuple(sorted({*range(1000, arguments.steps + 1, 500), arguments.steps}))
     train(family, arguments.steps, tokenizer, candidates)
@@ -307,6 +313,7 @@ def build(family: Family) -> None:
         "schedule_steps": family.schedule_steps,
         "batch_size": BATCH_SIZE,
         "num_renders": POOL_SIZE,
+        "relations_share": RELATIONS_SHARE,
         "caption_dropout": CAPTION_DROPOUT,
         "ema_decay": EMA_DECAY,
         "target_all_right": TARGET_ALL_RIGHT,
@@ -315,7 +322,7 @@ def build(family: Family) -> None:
         "command": f"python assets/build/{family.name.split('-')[0]}.py",
     }
     pipe = checkpoint_pipeline(family, tokenizer, f"{family.name}-train-{chosen}")
-    export(pipe, family, facts | {"preview": True}, PREVIEW_CARD)
+    export(pipe, family, facts | {"preview": True})
     pipe = load_exported(family)
     names = (family.denoiser, "vae", "text_encoder", "text_encoder_2")
     facts["parameters"] = {
@@ -338,4 +345,4 @@ def build(family: Family) -> None:
         }
     print(json.dumps(facts, indent=1), flush=True)
     pipe = checkpoint_pipeline(family, tokenizer, f"{family.name}-train-{chosen}")
-    export(pipe, family, facts, card_text(family, facts))
+    export(pipe, family, facts)

@@ -52,9 +52,9 @@ class Sd3Tiny(pipelines.Family):
         "10 steps": {"num_inference_steps": 10},
         "max_sequence_length 256": {"max_sequence_length": DEFAULT_T5_TOKENS},
     }
-    note = (
-        "There is no T5: the\npipeline appends `max_sequence_length` zero tokens instead, "
-        f"{NUM_T5_TOKENS} in training and {DEFAULT_T5_TOKENS}, diffusers' default, in one batch of {DEFAULT_T5_EVERY}."
+    remarks: ClassVar[tuple[str, ...]] = (
+        "There is no T5: the pipeline appends `max_sequence_length` zero tokens instead, "
+        f"{NUM_T5_TOKENS} in training and {DEFAULT_T5_TOKENS}, diffusers' default, in one batch of {DEFAULT_T5_EVERY}.",
     )
 
     def components(self, tokenizer) -> dict[str, torch.nn.Module]:

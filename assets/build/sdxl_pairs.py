@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import json
 
+import cards
 import common
 import numpy as np
 import sdxl
@@ -120,28 +121,6 @@ def wrong_pairs(num: int) -> list[dict]:
     )
 
 
-README = """# sdxl-pairs
-
-{num_pairs:,} preference pairs for `sdxl-tiny` on the mmalign synthetic world, train captions only, {bytes:,} bytes.
-Chosen is a render of the caption.
-
-| kind | pairs | rejected |
-|---|---|---|
-| wrong_attribute | {wrong_attribute:,} | a render with one or two attributes wrong |
-| own_sample | {own:,} | drawn by the model in {num_steps} steps: {own_g1:,} unguided, {own_g3:,} at its default scale 3 |
-
-`train.parquet` has the columns `id`, `prompt`, `chosen`, `rejected` (images, WebP of quality {quality} on both sides),
-`kind` and `guidance_scale`. The exact scorer prefers the chosen image of every pair; {own_right:.0%} of the own samples
-have all attributes right and lose on how exactly they are drawn.
-
-| | |
-|---|---|
-| model | `sdxl-tiny` |
-| seed | {seed} |
-| command | `{command}` |
-"""
-
-
 def main() -> None:
     pipe = StableDiffusionXLPipeline.from_pretrained(common.ASSETS_DIR / sdxl.SdxlTiny.name, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -161,23 +140,14 @@ def main() -> None:
         "own_by_guidance_scale": {f"{guidance:g}": len(found) for guidance, found in own.items()},
         "own_right": round(float(score(images, [row["prompt"] for row in sampled]).all_right.mean()), 4),
         "num_inference_steps": NUM_STEPS,
+        "webp_quality": WEBP_QUALITY,
         "split": "train",
         "seed": SEED,
         "command": "python assets/build/sdxl_pairs.py",
     }
-    counts = {f"own_g{guidance:g}": len(found) for guidance, found in own.items()}
     with common.replaced_folder(common.ASSETS_DIR / NAME) as folder:
         Dataset.from_list(rows, features=FEATURES).to_parquet(folder / "train.parquet")
-        common.write_card(
-            folder,
-            facts,
-            README,
-            wrong_attribute=len(wrong),
-            own=num_own,
-            num_steps=NUM_STEPS,
-            quality=WEBP_QUALITY,
-            **counts,
-        )
+        cards.write_card(folder, facts)
     print(json.dumps(facts), flush=True)
 
 

@@ -143,7 +143,13 @@ def main() -> None:
     vae.eval()
     facts = fold_statistics(vae)
     vae.register_to_config(scaling_factor=facts["scaling_factor"])
-    facts |= {"steps": arguments.steps, "decoder_steps": 0, "seed": SEED, "batch_size": BATCH_SIZE}
+    facts |= {
+        "steps": arguments.steps,
+        "decoder_steps": 0,
+        "seed": SEED,
+        "batch_size": BATCH_SIZE,
+        "relations_share": RELATIONS_SHARE,
+    }
     write(vae, facts)
     train_decoder(vae, arguments.decoder_steps)
     write(vae, facts | {"decoder_steps": arguments.decoder_steps})

@@ -1,4 +1,4 @@
-"""Every shipped YAML parses, says what it costs and how well it is proven; every key is documented and read."""
+"""Every shipped YAML parses and keeps its meaning on disk; every key is documented and read."""
 
 from __future__ import annotations
 
@@ -22,17 +22,6 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 RECIPES = sorted(str(p.relative_to(ROOT)) for p in CONFIGS.rglob("*.yaml") if p.parent.name != "presets")
 PRESETS = sorted(p.stem for p in (CONFIGS / "presets").glob("*.yaml"))
-EVIDENCE = {"E0", "E1", "E2", "E3"}
-
-
-def header(path: str) -> list[str]:
-    """The comment lines that open a file, without `# `."""
-    lines = []
-    for line in (ROOT / path).read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.lstrip("#").strip())
-    return lines
 
 
 def test_there_are_recipes_and_presets():
@@ -64,30 +53,11 @@ def test_recipe_round_trips_through_its_resolved_form(path: str, tmp_path: Path)
     assert load_config(resolved).config == loaded.config
 
 
-@pytest.mark.parametrize("path", RECIPES)
-def test_recipe_header_says_command_cost_metric_and_evidence(path: str):
-    lines = header(path)
-    assert lines, "no header comment"
-    assert re.match(rf"(accelerate launch -m )?mmalign train {re.escape(path)}(\s|$)", lines[0]), lines[0]
-    text = "\n".join(lines).lower()
-    for key in ("hardware:", "memory:", "time:", "metric:"):
-        assert key in text, f"the header does not state {key}"
-    assert not re.search(r"\b(MEMORY|TIME|TODO)\b", "\n".join(lines)), "a placeholder was left in the header"
-    levels = [match[1] for line in lines if (match := re.match(r"evidence:\s*(\w+)", line))]
-    assert len(levels) == 1
-    assert levels[0] in EVIDENCE
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_gives_a_method_whose_options_are_valid(preset: str):
     loaded = load_config(minimal_for(preset))
     assert loaded.config.method.name
     assert loaded.origin_of("method.name") == f"preset {preset}"
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_preset_names_its_source(preset: str):
-    assert header(f"configs/presets/{preset}.yaml"), "a preset pins published settings: its header says whose"
 
 
 @pytest.mark.parametrize("name", [*RECIPES, *(f"configs/presets/{preset}.yaml" for preset in PRESETS)])
