@@ -29,7 +29,15 @@ from mmalign.policies import rollouts
 from mmalign.policies.base import PreparedImage
 from mmalign.policies.rollouts import Replay, Trajectory, draw_noise
 from mmalign.policies.views import ADAPTER, OnViews, Views, lean_copy
-from mmalign.policies.weights import DTYPES, PUT_BACK, load_or_explain, same_weights, stored_settings, weights_hash
+from mmalign.policies.weights import (
+    DTYPES,
+    PUT_BACK,
+    load_or_explain,
+    same_weights,
+    stored_settings,
+    tokenizer_settings,
+    weights_hash,
+)
 from mmalign.registry import nearest
 from mmalign.types import DrawKey, Request, Sample, Score
 
@@ -232,13 +240,12 @@ class DiffusionPolicy(OnViews):
     def encode_key(self, kind: Literal["image", "prompt"]) -> str:
         """Hash of the frozen encoder's weights, dtype and settings."""
         if kind not in self._keys:
-            if kind == "image":
-                modules: dict[str, nn.Module] = {"vae": self.pipe.vae}
-                settings = ""
-            else:
-                modules = self.text_encoders()
-                settings = self.tokenizer_fingerprint()
-            self._keys[kind] = weights_hash(modules, f"{self.name}:{kind}:{self.dtype}:{settings}")
+            modules: dict[str, Any] = {"vae": self.pipe.vae} if kind == "image" else self.text_encoders()
+            settings: dict[str, Any] = {role: stored_settings(module) for role, module in modules.items()}
+            if kind == "prompt":
+                settings["tokenizers"] = self.tokenizer_fingerprint()
+            salt = f"{self.name}:{kind}:{self.dtype}:{json.dumps(settings, sort_keys=True)}"
+            self._keys[kind] = weights_hash(modules, salt)
         return self._keys[kind]
 
     def tokenizers(self) -> dict[str, Any]:
@@ -264,8 +271,9 @@ class DiffusionPolicy(OnViews):
         return cut
 
     def tokenizer_fingerprint(self) -> str:
-        text = "".join(str(sorted(t.get_vocab().items())) + str(t.model_max_length) for t in self.tokenizers().values())
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        """What decides the ids of a prompt; families add what else cuts or pads it."""
+        settings = {role: tokenizer_settings(tokenizer) for role, tokenizer in self.tokenizers().items()}
+        return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def release_encoders(self) -> list[str]:
         """Move the text encoders to the CPU (T5-XXL alone has 4.8 billion weights); the VAE is small and stays.

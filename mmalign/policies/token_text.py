@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import json
 import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmalign.policies.weights import tokenizer_settings
 from mmalign.types import IMAGE_MARK, DataError, ImageRef, Row, Side, Turn
 
 logger = logging.getLogger(__name__)
@@ -65,8 +67,8 @@ class ChatText:
 
     def fingerprint(self) -> str:
         """Identity of tokenizer, template and length limit."""
-        text = f"{sorted(self.tokenizer.get_vocab().items())}{self.processor.chat_template}"
-        text += f"{self.max_length}{self.truncate}"
+        text = json.dumps(tokenizer_settings(self.tokenizer), sort_keys=True)
+        text += f"{self.processor.chat_template}{self.max_length}{self.truncate}"
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def tokenize(self, row: Row, side: Side) -> tuple[Tensor, Tensor]:

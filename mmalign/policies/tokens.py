@@ -10,6 +10,7 @@ Shape legend: R requests, T response tokens, M response tokens of all requests, 
 from __future__ import annotations
 
 import functools
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ from mmalign.policies.token_network import Parts, TokenNetwork
 from mmalign.policies.token_rows import TokenContext, TokenTarget, pack
 from mmalign.policies.token_text import ChatText
 from mmalign.policies.views import ADAPTER, OnViews, Views, lean_copy
-from mmalign.policies.weights import DTYPES, PUT_BACK, weights_hash
+from mmalign.policies.weights import DTYPES, PUT_BACK, stored_settings, weights_hash
 from mmalign.types import Answer, ImageRef, Request, Row, Score, Side
 
 __all__ = ["TokenContext", "TokenPolicy", "TokenTarget"]
@@ -189,8 +190,9 @@ class TokenPolicy(OnViews):
         }
 
     def reference_fingerprint(self) -> str:
-        """Hash of the weights as loaded; ask before the first step."""
-        return weights_hash({"model": self.model}, self.name)
+        """Hash of the weights as loaded and of the model's settings; ask before the first step."""
+        settings = json.dumps(stored_settings(self.model), sort_keys=True)
+        return weights_hash({"model": self.model}, f"{self.name}:{settings}")
 
     # -- text and images ---------------------------------------------------------------------------------------------
 
@@ -213,8 +215,9 @@ class TokenPolicy(OnViews):
         """Hash of the frozen encoder's weights, dtype and settings; for prompts, of tokenizer and template."""
         if kind not in self._keys:
             if kind == "image":
-                modules = {"vision": self.parts(self.model).vision}
-                settings = self.image_fingerprint()
+                vision = self.parts(self.model).vision
+                modules = {"vision": vision}
+                settings = f"{self.image_fingerprint()}:{json.dumps(stored_settings(vision), sort_keys=True)}"
             else:
                 modules, settings = {}, self.text.fingerprint()
             self._keys[kind] = weights_hash(modules, f"{self.name}:{kind}:{self.dtype}:{settings}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,19 +43,49 @@ def _caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:
 
 
 def weights_hash(modules: dict[str, nn.Module], salt: str) -> str:
-    """Hash of all weights: the cache must notice another VAE behind the same path."""
+    """Hash of all weights and of the factors of adapters: the cache must notice another VAE behind the same path."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     digest = hashlib.blake2b(salt.encode(), digest_size=12)
     for role, module in modules.items():
         for name, tensor in module.state_dict().items():
             digest.update(f"{role}.{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        for name, layer in module.named_modules():
+            if isinstance(layer, BaseTunerLayer):
+                digest.update(f"{role}.{name}:{getattr(layer, 'scaling', None)}".encode())
     return digest.hexdigest()
 
 
 def stored_settings(part: Any) -> dict[str, Any]:
-    """What the config file of a diffusers component says: without its path, version, and what the library fills in."""
+    """What the config file of a component says: without its path, version and dtype, and what the library fills in."""
+    if hasattr(part.config, "to_diff_dict"):  # of transformers
+        return _without_noise(part.config.to_diff_dict())
     filled_in = part.config.get("_use_default_values", ())
     return {key: value for key, value in part.config.items() if not key.startswith("_") and key not in filled_in}
+
+
+def _without_noise(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_noise(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if not str(key).startswith("_") and key not in ("transformers_version", "architectures", "dtype")
+    }
+
+
+def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
+    """All that decides the ids of a text: merges and normalisation with the vocabulary, limit, padding, special tokens.
+
+    Truncation and padding that a call left behind do not count.
+    """
+    names = ("model_max_length", "padding_side", "truncation_side", "split_special_tokens", "special_tokens_map")
+    settings = {"class": type(tokenizer).__name__, **{name: getattr(tokenizer, name) for name in names}}
+    if tokenizer.is_fast:
+        pipeline = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+        return {**settings, "pipeline": pipeline}
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(file).read_bytes() for file in tokenizer.save_vocabulary(folder)]
+    return {**settings, "added": tokenizer.get_added_vocab(), "files": [hashlib.blake2b(f).hexdigest() for f in files]}
 
 
 def weights_checksum(state: Mapping[str, Tensor]) -> str:

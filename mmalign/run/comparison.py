@@ -92,7 +92,8 @@ def compare(
     )
     for name in ("grid.png", "report.html", "report.json"):
         console.print(f"  {out / name}", highlight=False, soft_wrap=True)
-    console.print(f"  {report.headline}", highlight=False, soft_wrap=True)
+    for line in (report.headline, *(f"warning: {text}" for text in report.warnings)):
+        console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
 
 
 def open_run(spec: str) -> tuple[Config, ModelConfig | None]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mmalign import attention, registry
@@ -24,8 +26,10 @@ from mmalign.data.load import load_rows
 from mmalign.policies.load import default_device, load_policy
 from mmalign.run.atomic import write_text
 from mmalign.run.environment import quiet_libraries
+from mmalign.run.optim import check_optimizer
 from mmalign.run.preflight import PreflightError, probe, probe_rollout
 from mmalign.run.reference import score_reference
+from mmalign.run.tracking import check_tracker
 from mmalign.types import Row
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "xformers")
@@ -75,7 +79,7 @@ def attention_backends() -> dict[str, dict[str, Any]]:
 
 def examine_config(config: Config, console: Console) -> tuple[dict[str, Any], list[str]]:
     """Golden numbers on the config's own first batch, memory by part, data audit."""
-    problems: list[str] = []
+    problems = missing_packages(config)
     policy = load_policy(config.model, data=config.data, seed=config.train.seed)
     audit = audit_data(
         config.data,
@@ -113,6 +117,17 @@ def examine_config(config: Config, console: Console) -> tuple[dict[str, Any], li
         else config.train.batch_size * config.train.accumulate,
     }
     return found, problems
+
+
+def missing_packages(config: Config) -> list[str]:
+    """What the config asks for and is not installed, in the words with which a run would refuse it."""
+    missing = []
+    for check in (partial(check_optimizer, config.train), partial(check_tracker, config.run.tracker)):
+        try:
+            check()
+        except ValueError as error:
+            missing.append(str(error))
+    return missing
 
 
 def examine_scores(
@@ -232,7 +247,7 @@ def show(console: Console, findings: dict[str, Any]) -> None:
             if finding["severity"] == "warning":
                 console.print(f"data: {finding['count']} rows: {finding['meaning']}", highlight=False, soft_wrap=True)
     for problem in findings["problems"]:
-        console.print(f"[red]problem[/] {problem}", highlight=False, soft_wrap=True)
+        console.print(f"[red]problem[/] {escape(problem)}", highlight=False, soft_wrap=True)
     if not findings["problems"]:
         console.print("no problems found")
 

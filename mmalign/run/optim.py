@@ -15,7 +15,7 @@ def make_optimizer(
 ) -> Any:
     """AdamW (fused on CUDA), 8-bit AdamW or Adafactor; `scaled`: its gradients come from an fp16 gradient scaler.
 
-    Raises `ValueError` when a backend is missing.
+    Raises `ValueError` as `check_optimizer` does.
     """
     adam: dict[str, Any] = {
         "lr": config.learning_rate,
@@ -37,13 +37,23 @@ def make_optimizer(
             relative_step=False,
             clip_threshold=1.0,
         )
+    return _adamw_8bit()(parameters, **adam)
+
+
+def check_optimizer(config: TrainConfig) -> None:
+    """Raises `ValueError` when the optimizer's package is not installed."""
+    if config.optimizer == "adamw_8bit":
+        _adamw_8bit()
+
+
+def _adamw_8bit() -> Any:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise ValueError(
             "train.optimizer = 'adamw_8bit' needs bitsandbytes: pip install 'mmalign[quant]', or use adamw or adafactor"
         ) from error
-    return AdamW8bit(parameters, **adam)
+    return AdamW8bit
 
 
 def make_scheduler(config: TrainConfig, optimizer: Any) -> Any:

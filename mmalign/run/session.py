@@ -38,7 +38,7 @@ from mmalign.run.reference import ReferenceCache, cache_fingerprint, score_refer
 from mmalign.run.screen import Screen
 from mmalign.run.signals import Interruption
 from mmalign.run.stop import StopRule
-from mmalign.run.tracking import Meter, Tracker, check_finite
+from mmalign.run.tracking import Meter, Tracker, check_finite, check_tracker
 from mmalign.types import Row
 
 AnySession = TypeVar("AnySession", bound="Session")
@@ -138,6 +138,9 @@ class Session:
             raise failure or ConfigError("the evaluation cannot be held; the main process says why")
 
     def load_method(self) -> Any:
+        # Before anything is loaded: a package that is missing should not cost a model and a cache.
+        optim.check_optimizer(self.config.train)
+        check_tracker(self.config.run.tracker)
         config = self.config.method
         return registry.resolve("method", config.name)(**config.options())
 
@@ -440,13 +443,13 @@ class Session:
                 f"interrupted at step {state.step} of {self.config.train.steps}; a checkpoint is written. "
                 f"Start the same command again to continue"
             )
-            return self._summarise(state, "interrupted")
+            return self._summarise(policy, state, "interrupted")
         self.accelerator.wait_for_everyone()
         if self.is_main:
             self.export(policy)
             self.evaluate(policy, state)
         self.accelerator.wait_for_everyone()
-        result = self._summarise(state, "stopped" if self.stopped_by_rule else "finished")
+        result = self._summarise(policy, state, "stopped" if self.stopped_by_rule else "finished")
         self._say_finished(result)
         return result
 
@@ -480,7 +483,7 @@ class Session:
     def trained_view(self) -> Any:
         return "ema" if self.ema is not None else "policy"
 
-    def _summarise(self, state: LoopState, status: str) -> RunResult:
+    def _summarise(self, policy: Any, state: LoopState, status: str) -> RunResult:
         seconds = self.phases.seconds()
         looping = sum(seconds.get(name, 0.0) for name in LOOP_PHASES)
         summary: dict[str, Any] = {
@@ -491,6 +494,7 @@ class Session:
             f"{self.unit}_per_second": round(state.rows_seen / looping, 3) if looping else None,
             "peak_memory_bytes": peak_memory(self.accelerator.device),
             "device": str(self.accelerator.device),
+            "attention": policy.attention,
         }
         if self.is_main:
             atomic.write_json(self.folder.path / "summary.json", summary)
@@ -502,9 +506,13 @@ class Session:
         for name in ("grid.png", "report.html", "final"):
             if (folder / name).exists():
                 self.say(f"  {folder / name}")
-        headline = result.report.get("headline")
-        if headline:
-            self.say(f"  {headline}")
+        report = result.report
+        if report:
+            self.say(f"  {report['headline']}")
+            for warning in report["warnings"]:
+                self.say(f"  warning: {warning}")
+        elif self.config.evaluate.prompts is None:
+            self.say("  no evaluate.prompts: no grid, no report")
 
     def say(self, text: str) -> None:
         """One line to the user, from the main process."""

@@ -5,6 +5,7 @@ Values stay on the device until a line is due; then everything since the last li
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import math
@@ -19,6 +20,9 @@ from torch import Tensor
 from mmalign.run.atomic import write_text
 
 logger = logging.getLogger(__name__)
+
+PACKAGES = ("wandb", "trackio")
+"""Trackers that are packages of their own, which mmalign does not depend on."""
 
 
 class Meter:
@@ -89,7 +93,7 @@ class Tracker:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tracker = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
-        elif kind in ("wandb", "trackio"):
+        elif kind in PACKAGES:
             self._module = _import_tracker(kind)
             identity = _tracker_id(folder, resumed_at)
             # trackio resumes by name, wandb by id.
@@ -145,9 +149,13 @@ def _tracker_id(folder: Path, resumed_at: int) -> str:
     return note.read_text(encoding="utf-8")
 
 
-def _import_tracker(kind: str) -> Any:
-    import importlib
+def check_tracker(kind: str) -> None:
+    """Raises `ValueError` when the tracker's package is not installed."""
+    if kind in PACKAGES:
+        _import_tracker(kind)
 
+
+def _import_tracker(kind: str) -> Any:
     try:
         return importlib.import_module(kind)
     except ImportError as error:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 import mmalign
 from mmalign.config import ConfigError
@@ -40,6 +42,39 @@ def test_misspelt_keys_names_and_wrong_types(
     tiny: Callable, refused: Callable, section: str, key: str, value: object, says: str
 ):
     refused(tiny(**{section: {key: value}}), ConfigError, says)
+
+
+MISSING_PACKAGES = [
+    (
+        "bitsandbytes",
+        {"train": {"optimizer": "adamw_8bit"}},
+        "train.optimizer = 'adamw_8bit' needs bitsandbytes: pip install 'mmalign[quant]', or use adamw or adafactor",
+    ),
+    *(
+        (name, {"run": {"tracker": name}}, f"run.tracker = '{name}' needs the package: pip install 'mmalign[tracking]'")
+        for name in ("trackio", "wandb")
+    ),
+]
+
+
+@pytest.mark.parametrize(("package", "sections", "says"), MISSING_PACKAGES)
+def test_a_missing_package_is_named_before_anything_is_read(
+    tiny: Callable, refused: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package, sections, says
+):
+    """Neither model nor data exist: whatever was read before the package is asked for would be named instead."""
+    monkeypatch.setitem(sys.modules, package, None)
+    nowhere = {"model": {"path": str(tmp_path / "model")}, "data": {"path": str(tmp_path / "data")}}
+    refused(tiny(nowhere, sections), ValueError, says)
+
+
+@pytest.mark.parametrize(("package", "sections", "says"), MISSING_PACKAGES)
+def test_doctor_names_a_missing_package(
+    tiny: Callable, command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package, sections, says
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny(sections)))
+    code, out, _ = command("doctor", tmp_path / "config.yaml")
+    assert (code, out.splitlines()[-1]) == (1, f"problem {says}")
 
 
 def test_missing_section_is_named(tiny: Callable, refused: Callable):

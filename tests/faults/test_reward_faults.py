@@ -85,8 +85,13 @@ def judged(tiny: Callable, reward: Callable, tmp_path: Path) -> Callable[..., di
     return make
 
 
-def test_nan_scores_are_masked_and_reported(judged: Callable):
+def test_nan_scores_are_masked_and_reported(judged: Callable, command: Callable, tmp_path: Path, capfd):
     result = mmalign.train(judged("sometimes"))
+    says = "  warning: sometimes has no valid score for 2 of 4 images. First reason: no score (None or NaN)"
+    assert says in capfd.readouterr().out.splitlines()
+    code, out, _ = command("grid", result.folder, "--seeds", 1, "--out", tmp_path / "grid")
+    assert code == 0
+    assert says in out.splitlines()
     entry = result.report["rewards"]["sometimes"]
     assert (result.report["num_prompts"], entry["n_prompts"], entry["n_valid"]) == (2, 1, 1)
     assert "sometimes has no valid score for 2 of 4 images" in result.report["warnings"][0]

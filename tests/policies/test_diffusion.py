@@ -546,13 +546,32 @@ def test_auto_attention_on_cpu_is_sdpa(load):
     assert load(attention="auto").attention == "sdpa"
 
 
-def test_encode_key_follows_the_weights(load):
-    policy = load()
-    key = policy.encode_key("image")
-    other = load()
-    assert other.encode_key("image") == key
-    assert other.encode_key("prompt") != key
-    third = load()
-    with torch.no_grad():
-        next(third.pipe.vae.parameters())[0] += 1e-3
-    assert third.encode_key("image") != key
+@pytest.mark.parametrize("own", [True, False], ids=["pipeline's", "model.vae"])
+@pytest.mark.parametrize("upcast", [True, False, None])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_the_vae_runs_in_half_precision_only_where_its_config_allows_it(
+    requests_for, tmp_path: Path, dtype: str, upcast: bool | None, own: bool
+):
+    """`force_upcast: false` alone allows it. `model.vae` replaces the pipeline's VAE, which says the opposite."""
+    pipeline, vae = tmp_path / "pipeline", tmp_path / "vae"
+    shutil.copytree(policy_path("sdxl"), pipeline)
+    shutil.copytree(pipeline / "vae", vae)
+    for folder, says in ((pipeline / "vae", upcast if own else not upcast), (vae, upcast)):
+        config = json.loads((folder / "config.json").read_text()) | {"force_upcast": says}
+        if says is None:
+            del config["force_upcast"]
+        (folder / "config.json").write_text(json.dumps(config))
+    weights = {name: 2 * tensor for name, tensor in load_file(vae / "diffusion_pytorch_model.safetensors").items()}
+    if not own:
+        save_file(weights, vae / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    model = ModelConfig(family="sdxl", path=str(pipeline), dtype=dtype, vae=None if own else str(vae))
+    policy = load_policy(model, device="cpu", train=False)
+    expected = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype] if upcast is False else torch.float32
+    seen = []
+    for part in (policy.pipe.vae.encoder, policy.pipe.vae.decoder):
+        part.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+    (request,) = requests_for(policy, 1)
+    policy.decode(policy.normalise(request.target["mean"])[None])
+    assert seen == [(expected, expected)] * 2
+    name, stored = next(iter(weights.items()))
+    assert torch.equal(policy.pipe.vae.state_dict()[name], (stored / 2 if own else stored).to(expected))

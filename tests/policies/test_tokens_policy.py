@@ -285,14 +285,33 @@ def test_greedy_answers_are_those_of_stock_generate(load, folder):
     with policy.view("reference"):
         base = texts(policy, make_rows(), [0] * 4, temperature=0)
     assert ours != base
-    for row, text in zip(make_rows(), base, strict=True):
-        ids_P = policy.tokenize(row, "chosen")[0]
-        inputs = {"input_ids": ids_P[None], "attention_mask": torch.ones(1, len(ids_P), dtype=torch.long)}
-        if row.images:
-            images = [ref.open() for ref in row.images]
-            inputs |= processor.image_processor(images=images, return_tensors="pt")
-        new = model.generate(**inputs, do_sample=False, max_new_tokens=12, pad_token_id=0)[0, len(ids_P) :]
-        assert text == processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+    assert [stock_answer(model, processor, policy, row) for row in make_rows()] == base
+
+
+def test_the_exported_adapter_answers_in_stock_peft_and_switched_off_as_the_base(load, folder, tmp_path):
+    import peft
+
+    policy = load()
+    nudge(policy, 0.2)
+    policy.export(tmp_path)
+    model, processor = stock(folder)
+    base = [stock_answer(model, processor, policy, row) for row in make_rows()]
+    wrapped = peft.PeftModel.from_pretrained(model, tmp_path).eval()
+    tuned = [stock_answer(wrapped, processor, policy, row) for row in make_rows()]
+    assert tuned == texts(policy, make_rows(), [0] * 4, temperature=0)
+    assert tuned != base
+    with wrapped.disable_adapter():
+        assert [stock_answer(wrapped, processor, policy, row) for row in make_rows()] == base
+
+
+def stock_answer(model, processor, policy, row) -> str:
+    """Greedy, by the public class's own `generate`."""
+    ids_P = policy.tokenize(row, "chosen")[0]
+    inputs = {"input_ids": ids_P[None], "attention_mask": torch.ones(1, len(ids_P), dtype=torch.long)}
+    if row.images:
+        inputs |= processor.image_processor(images=[ref.open() for ref in row.images], return_tensors="pt")
+    new = model.generate(**inputs, do_sample=False, max_new_tokens=12, pad_token_id=0)[0, len(ids_P) :]
+    return processor.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("lora", ["all", None])

@@ -136,6 +136,7 @@ def test_a_run_leaves_evidence_and_grid_compares_runs(tiny, tmp_path, capsys):
         assert run.report["rewards"].keys() >= {"synthetic_truth", "clip", "aesthetic"}
         assert run.summary["seconds"]["train"] > 0
         assert run.summary["peak_memory_bytes"] > 0
+        assert run.summary["attention"] == "sdpa"
     capsys.readouterr()
     compare(
         str(runs[0].folder),

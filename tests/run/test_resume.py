@@ -124,7 +124,9 @@ def test_finished_run_says_so_and_more_steps_continue(tiny: Callable, tmp_path: 
     stamp = (first.folder / "checkpoints" / "step_2" / "state.json").stat().st_mtime_ns
     capsys.readouterr()
     again = mmalign.train(config)
-    assert "finished" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "finished" in out
+    assert "  no evaluate.prompts: no grid, no report" in out.splitlines()
     assert again.summary == first.summary
     assert (first.folder / "checkpoints" / "step_2" / "state.json").stat().st_mtime_ns == stamp
 

@@ -80,11 +80,3 @@ def test_trackio_on_disk_and_a_resumed_run_goes_on_in_its_curves(train: Callable
     with sqlite3.connect(file) as database:
         names = database.execute("SELECT run_name, COUNT(DISTINCT run_id) FROM metrics GROUP BY run_name").fetchall()
     assert [count for _, count in names] == [1, 1], "a new run in a folder of the same path has its own curves"
-
-
-def test_a_missing_tracker_names_the_extra(tiny: Callable, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    with pytest.raises(
-        ValueError, match=r"run\.tracker = 'wandb' needs the package: pip install 'mmalign\[tracking\]'"
-    ):
-        mmalign.train(tiny(train={"steps": 1}, run={"tracker": "wandb"}))
