@@ -99,11 +99,7 @@ def test_loss_on_policy(loss: str, family: str):
         if "implicit_accuracy" in first.metrics:
             assert float(first.metrics["implicit_accuracy"].mean()) == 0.5
 
-    # Away from step 0, where B = 0 hides half of the adapter.
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    nudge(parameters)
     check_gradient(lambda: part().loss_B.mean(), parameters)
 
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE[family], weight_decay=0.0)
@@ -124,6 +120,14 @@ def watched(loss: str, part: Any) -> float:
         name = "chosen_logp" if "chosen_logp" in metrics else "chosen_error"
     sign = -1 if name.endswith("error") else 1
     return sign * float(metrics[name].mean())
+
+
+def nudge(parameters: list[torch.nn.Parameter]) -> None:
+    """Away from step 0, where B = 0 hides half of the adapter."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
 
 
 def check_gradient(loss: Any, parameters: list[torch.nn.Parameter]) -> None:
@@ -191,3 +195,7 @@ def test_clipped_surrogate_on_policy(family: str):
         optimizer.zero_grad()
     gained_B = (log_prob() - old_BS).mean(1)
     assert float((gained_B * advantage_B).detach().sum()) > 0
+
+    nudge(parameters)
+    old_BS = log_prob().detach()  # ratio 1 again, wide bounds: the slope is that of −A log π
+    check_gradient(lambda: clipped_surrogate(log_prob(), old_BS, advantage_B, clip_range=0.9).mean(), parameters)

@@ -4,7 +4,8 @@
 
 The method decides which steps are sampled and how rewards become a loss; the policy knows how to sample and replay.
 An iteration is one rollout and its updates. Checkpoints are written between iterations only, and everything inside one is
-a function of (seed, iteration): a run killed while it samples, scores or updates does that iteration again, bit by bit.
+a function of (seed, iteration): a run killed while it samples, scores or updates, or whose rewards fail, does that
+iteration again, bit by bit.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def train(loaded: LoadedConfig) -> RunResult:
                     for samples in (samples for micros in dealt for samples in micros):
                         trajectories.append(method.rollout(policy, groups, samples, iteration))
                         panel.submit(samples, policy.decode(trajectories[-1].latents))  # scored while the next is drawn
-                with session.phase("reward"):
+                with session.phase("reward"), session.kept_when_rewards_fail(policy, state, meter):
                     rewards = panel.collect(groups.samples(iteration), accelerator)
                     session.check_rewards(rewards, groups.samples(iteration), iteration)
                 advantages = method.advantages(rewards)

@@ -90,7 +90,8 @@ class FlowSchedule:
 
     Args:
         density: of σ before the shift: uniform, or logit-normal(0, 1) as SD3 was trained.
-        shift: s of σ ← s·σ / (1 + (s − 1)·σ); 1 leaves the density as it is. A dynamic shift μ is s = exp(μ).
+        shift: s of σ ← s·σ / (1 + (s − 1)·σ); 1 leaves the density as it is. A dynamic shift μ is s = exp(μ),
+            or s = μ where the scheduler's `time_shift_type` is `linear`.
     """
 
     density: Density = "logit_normal"
@@ -115,7 +116,10 @@ class FlowSchedule:
                 f"{type(scheduler).__name__} is no flow-matching scheduler. Use a FlowMatchEulerDiscreteScheduler config"
             )
         if shift is None:
-            shift = math.exp(dynamic_mu(config, num_tokens)) if config.get("use_dynamic_shifting") else config["shift"]
+            shift = config["shift"]
+            if config.get("use_dynamic_shifting"):
+                mu = dynamic_mu(config, num_tokens)
+                shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
         return cls(density or "logit_normal", float(shift), int(config["num_train_timesteps"]))
 
     def time(self, u: float) -> float:

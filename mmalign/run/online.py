@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from mmalign.config import ConfigError, LoadedConfig, reward_identity
@@ -14,6 +15,7 @@ from mmalign.run.checkpoint import LoopState
 from mmalign.run.panel import RewardPanel, Rewards
 from mmalign.run.preflight import probe_rollout
 from mmalign.run.session import Session
+from mmalign.run.tracking import Meter
 
 
 class OnlineSession(Session):
@@ -85,6 +87,24 @@ class OnlineSession(Session):
         ]
         return RewardPanel(training, scorers[len(config.rewards) :], device=device)
 
+    @contextmanager
+    def kept_when_rewards_fail(self, policy: Any, state: LoopState, meter: Meter) -> Iterator[None]:
+        """Write a checkpoint before a `RewardError` of the block ends the run: no weight has changed since the last update.
+
+        Such an error is raised on all processes or on none, so that all of them come here.
+        """
+        try:
+            yield
+        except RewardError as error:
+            if not state.step:  # nothing was trained yet
+                raise
+            self.checkpoint(policy, state, meter)
+            raise RewardError(
+                f"{str(error).rstrip('.')}. Nothing is lost: a checkpoint of step {state.step} is written. With this "
+                f"mended, start the same command again",
+                error.problem,
+            ) from error
+
     def check_rewards(self, rewards: Rewards, samples: Sequence[GroupSample], iteration: int) -> None:
         """Keep a line of every missing score, and stop when a training reward has none at all."""
         if self.is_main:
@@ -100,7 +120,7 @@ class OnlineSession(Session):
             if column < rewards.num_training and bool(rewards.reward_NK[:, column].isnan().all()):
                 raise RewardError(
                     f"reward {name!r} gave no valid score for any of the {len(samples)} samples of iteration "
-                    f"{iteration}: {reasons[0]}. The checkpoints written so far are from before",
+                    f"{iteration}: {reasons[0]}",
                     "invalid",
                 )
 

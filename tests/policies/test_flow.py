@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
@@ -71,15 +73,38 @@ def test_density_is_logit_normal_then_shifted():
     assert FlowSchedule().time(0.75) == pytest.approx(1 / (1 + math.exp(-NormalDist().inv_cdf(0.75))))
 
 
-def test_dynamic_shift_is_the_pipelines():
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_dynamic_shift_is_the_pipelines(kind: str):
+    """μ by the pipeline's own function, and what the stock scheduler makes of it, at three resolutions."""
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
     for num_tokens in (256, 1024, 4096):
         mu = calculate_shift(num_tokens, 256, 4096, 0.5, 1.15)
         assert dynamic_mu(scheduler.config, num_tokens) == pytest.approx(mu, rel=1e-12)
-        assert FlowSchedule.from_scheduler(scheduler, num_tokens=num_tokens).shift == pytest.approx(math.exp(mu))
+        schedule = FlowSchedule.from_scheduler(scheduler, num_tokens=num_tokens, density="uniform")
+        for sigma in (0.1, 0.5, 0.9):
+            shifted = scheduler.time_shift(mu, 1.0, torch.tensor(sigma, dtype=torch.float64))
+            assert schedule.time(sigma) == pytest.approx(float(shifted), rel=1e-6), (num_tokens, sigma)
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_a_dynamically_shifted_pipeline_trains_and_samples_on_its_own_sigmas(tmp_path: Path, kind: str):
+    shutil.copytree(builtin_path("builtin:sd3-tiny"), tmp_path / "sd3")
+    file = tmp_path / "sd3" / "scheduler" / "scheduler_config.json"
+    dynamic = {"use_dynamic_shifting": True, "time_shift_type": kind}
+    file.write_text(json.dumps(json.loads(file.read_text()) | dynamic))
+    model = ModelConfig(family="sd3", path=str(tmp_path / "sd3"), max_sequence_length=8)
+    policy = load_policy(model, device="cpu", train=False)
+    pipe = stock(tmp_path / "sd3")
+    render(pipe, policy)
+    steps = policy.rollout_steps(kernel="flow_sde", level=0.7, num_steps=4)
+    torch.testing.assert_close(steps.time_S, pipe.scheduler.timesteps, rtol=1e-6, atol=0)
+    ode = policy.rollout_steps(kernel="ode", level=0.0, num_steps=4)
+    torch.testing.assert_close(ode.B_S, pipe.scheduler.sigmas.diff(), rtol=1e-5, atol=1e-7)
+    mu = dynamic_mu(pipe.scheduler.config, policy.num_tokens)
+    assert policy.schedule.shift == pytest.approx(mu if kind == "linear" else math.exp(mu))
 
 
 def test_a_diffusion_scheduler_is_refused():

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 REWARDS = '''
+import os
 import time
 from pathlib import Path
 import numpy as np
@@ -52,6 +53,17 @@ def raises_sometimes(images, prompts):
     if (HERE / "tries.txt").stat().st_size % 2:
         raise ConnectionError("the judge is down")
     return [float(np.asarray(image, np.float32)[..., 1].mean() / 255) for image in images]
+
+
+def fragile(images, prompts):
+    """Fine in the first iteration (4 calls); then broken as broken.txt says, on rank 1 of several, while there is one."""
+    values, broken = red(images, prompts), HERE / "broken.txt"
+    first = (HERE / "calls.txt").stat().st_size <= 4
+    if first or os.environ.get("RANK", "1") != "1" or not broken.is_file():
+        return values
+    if broken.read_text() == "raises":
+        raise ConnectionError("the judge is down")
+    return values[:1]
 
 
 def hangs(images, prompts):

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import mmalign
 from mmalign.config import ConfigError, load_config
 from mmalign.data.groups import Groups
 from mmalign.policies.load import load_policy
 from mmalign.reward import RewardError
+from mmalign.run.checkpoint import complete
 from mmalign.run.panel import diversity
 from mmalign.run.preflight import PreflightError, probe_rollout
 from mmalign.trainers.grpo import GroupPolicyGradient
@@ -222,11 +224,38 @@ def test_a_reward_without_any_score_stops_the_run(tmp_path: Path, name: str, rea
         mmalign.train(config)
     assert (tmp_path / "run" / "reward_failures.jsonl").read_text().count("\n") == 8
     assert not (tmp_path / "run" / "final").exists()
+    assert not complete(tmp_path / "run" / "checkpoints"), "nothing was trained: the config may still change"
 
 
 def test_a_reward_of_the_wrong_length_stops_the_run(tmp_path: Path):
     with pytest.raises(RewardError, match="reward 'short'"):
         mmalign.train(failing(tmp_path, "short"))
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [("raises", "gave no valid score for any of the 8 samples of iteration 1"), ("short", "returned 1 score")],
+)
+def test_a_reward_that_fails_later_loses_nothing(tmp_path: Path, how: str, reason: str):
+    """No checkpoint is due before the end; started again with the reward mended, the run ends as one without a fault."""
+    config = online_config(tmp_path, [f"{write_rewards(tmp_path)}:fragile"], train={"steps": 4, "ema": {"decay": 0.9}})
+    config["run"]["log_every"] = 3
+    whole = mmalign.train({**config, "output_dir": str(tmp_path / "whole")}).folder
+    (tmp_path / "calls.txt").unlink()
+    (tmp_path / "broken.txt").write_text(how)
+    with pytest.raises(
+        RewardError, match=rf"{reason}.*a checkpoint of step 2 is written.*start the same command again"
+    ):
+        mmalign.train(config)
+    assert [path.name for path in complete(tmp_path / "run" / "checkpoints")] == ["step_2"]
+    (tmp_path / "broken.txt").unlink()
+    mended = mmalign.train(config).folder
+    for name in ("weights", "ema"):
+        first, second = (load_file(run / "checkpoints" / "step_4" / f"{name}.safetensors") for run in (whole, mended))
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    timed = {"samples_per_second"}
+    kept = [[{k: v for k, v in line.items() if k not in timed} for line in lines(run)] for run in (whole, mended)]
+    assert kept[0] == kept[1]
 
 
 # --- how often a reward is loaded --------------------------------------------------------------------------------------

@@ -17,6 +17,10 @@ import yaml
 from safetensors.torch import load_file
 
 import mmalign
+from mmalign import registry
+from mmalign.config import load_config
+from mmalign.data.groups import Groups
+from mmalign.data.load import load_rows
 from mmalign.run.checkpoint import complete
 
 from .online import FLOW, online_config, write_rewards
@@ -91,7 +95,7 @@ def test_killed_in_any_phase_ends_with_the_same_bits(tmp_path: Path, phase: str)
     metrics = killed / "metrics.jsonl"
     # 4 micro-batches are scored per iteration, 0.4 s each, by one worker; 2 lines are logged per iteration.
     moments = {
-        "rollout": lambda: num_lines(metrics) == 2 and bool(complete(killed / "checkpoints")),
+        "rollout": lambda: num_calls(tmp_path) == 5,  # the first micro-batch is drawn, three are to come
         "reward": lambda: num_calls(tmp_path) == 7,
         "update": lambda: num_lines(metrics) == 3,
     }
@@ -168,7 +172,17 @@ def test_two_processes_equal_one_and_a_run_moves_between_them(tmp_path: Path):
         assert second["invalid_share"] == first["invalid_share"]
         for name in ("loss", "reward", "grad_norm", "ratio"):
             assert second[name] == pytest.approx(first[name], rel=1e-6, abs=1e-6), (name, first["step"])
-    assert any(line["invalid_share"] > 0 for line in logged(one)), "no sample was invalid: the test shows less"
+    failed = [(run / "reward_failures.jsonl").read_text() for run in (one, two)]
+    assert failed[0] == failed[1]
+    missing = [json.loads(line) for line in failed[1].splitlines()]
+    shows = []
+    for iteration in (0, 1):
+        ranks = shares(config("two", 4), iteration)
+        invalid = {line["sample"] for line in missing if line["iteration"] == iteration}
+        on_one_rank = sum(bool(invalid & rank.keys()) for rank in ranks) == 1
+        straddling = set.intersection(*(set(rank.values()) for rank in ranks))
+        shows.append(on_one_rank and any(rank.get(sample) in straddling for rank in ranks for sample in invalid))
+    assert any(shows), "no iteration has a NaN on one rank alone, in a group that straddles them: the test shows less"
     assert worst(one, two, 4) < 1e-6
 
     # 2 -> 1 and 1 -> 2, extended from step 4 to step 6 by the other number of processes
@@ -177,6 +191,39 @@ def test_two_processes_equal_one_and_a_run_moves_between_them(tmp_path: Path):
     straight = run("straight", 6, 1)
     assert worst(straight, one, 6) < 1e-6
     assert worst(straight, two, 6) < 1e-6
+
+
+def shares(config: dict, iteration: int) -> list[dict[int, int]]:
+    """The group of every sample that each of two ranks draws."""
+    loaded = load_config(config).config
+    method = registry.resolve("method", "grpo")(**loaded.method.options())
+    rows = load_rows(loaded.data, seed=loaded.train.seed).rows
+    return [
+        {
+            sample.index: sample.group
+            for micros in Groups.of(method, rows, None, loaded.train, rank=rank, world_size=2).mine(iteration)
+            for samples in micros
+            for sample in samples
+        }
+        for rank in (0, 1)
+    ]
+
+
+@pytest.mark.slow
+def test_a_reward_that_breaks_on_one_rank_ends_both_with_a_checkpoint(tmp_path: Path):
+    """In the second iteration, no checkpoint due: neither process waits for the other, and nothing trained is lost."""
+    settings = online_config(tmp_path, [f"{write_rewards(tmp_path)}:fragile"], train={"steps": 4})
+    (tmp_path / "broken.txt").write_text("short")
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    process = start(config, 2)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode not in (0, None), output
+    assert output.count("a checkpoint of step 2 is written") == 2, output
+    assert [path.name for path in complete(tmp_path / "run" / "checkpoints")] == ["step_2"]
+    (tmp_path / "broken.txt").unlink()
+    assert "resumed from" in finish(start(config, 2))
+    assert [line["step"] for line in logged(tmp_path / "run")] == [1, 2, 3, 4]
 
 
 def worst(first: Path, second: Path, step: int) -> float:
