@@ -208,7 +208,7 @@ def build_cache(
 
     started = time.monotonic()
     features = make_features(policy, config, cache, seed=seed, rows=rows, negatives=negatives, sides=sides)
-    build = _Build(features, cache, config, batch_size)
+    build = _Build(features, cache, config, batch_size, processes=share[1])
     mine = rows[share[0] :: share[1]]
     prompts = features.prompt_entries(mine)
     total = len(prompts) + len(mine)
@@ -243,14 +243,17 @@ class _Missing:
 
 
 class _Build:
-    def __init__(self, features: Features, cache: FeatureCache, config: DataConfig, batch_size: int) -> None:
+    def __init__(
+        self, features: Features, cache: FeatureCache, config: DataConfig, batch_size: int, processes: int
+    ) -> None:
         self.features, self.cache, self.config, self.batch_size = features, cache, config, batch_size
+        self.processes = processes
         self.encoded = self.reused = self.bytes = 0
         self.bad: list[BadRow] = []
         self.digests: set[str] = set()
         self._done: set[str] = set()
         self._pending: dict[str, tuple[Any, str]] = {}
-        self._expected: dict[Kind, int] = {}
+        self._to_come = 0  # images of rows not looked at yet, at most
         self._sized: set[Kind] = set()
 
     def prompts(self, entries: Sequence[Entry]) -> Iterator[int]:
@@ -262,10 +265,10 @@ class _Build:
             else:
                 self.reused += 1
                 self.bytes += size
-        self._expected["prompt"] = len(missing)
         for start in range(0, len(missing), self.batch_size):
             chunk = missing[start : start + self.batch_size]
-            self._encode("prompt", {entry.key: (entry.prepare(), entry.source) for entry in chunk})
+            to_come = len(missing) - start - len(chunk)
+            self._encode("prompt", {entry.key: (entry.prepare(), entry.source) for entry in chunk}, to_come)
             yield len(entries) - len(missing) + start + len(chunk)
 
     def images(self, rows: Sequence[Row]) -> Iterator[int]:
@@ -277,8 +280,7 @@ class _Build:
                     raise stopped_by(found.problem)
                 self.bad.append(found.problem)
             else:
-                # At most: images that rows share, and those the cache has, are not known yet.
-                self._expected.setdefault("image", len(rows) * len(found.keys))
+                self._to_come = (len(rows) - done) * len(found.keys)
                 self._take(found)
             yield done
         while self._pending:
@@ -321,19 +323,21 @@ class _Build:
 
     def _encode_pending(self) -> None:
         keys = list(self._pending)[: self.batch_size]
-        self._encode("image", {key: self._pending.pop(key) for key in keys})
+        chunk = {key: self._pending.pop(key) for key in keys}
+        self._encode("image", chunk, len(self._pending) + self._to_come)
 
-    def _encode(self, kind: Kind, chunk: dict[str, tuple[Any, str]]) -> None:
+    def _encode(self, kind: Kind, chunk: dict[str, tuple[Any, str]], to_come: int) -> None:
         records = self.features.encode(kind, [ready for ready, _ in chunk.values()], [s for _, s in chunk.values()])
         written = sum(self.cache.put(key, record) for key, record in zip(chunk, records, strict=True))
         self.bytes += written
         self.encoded += len(chunk)
         if kind not in self._sized:
             self._sized.add(kind)
-            self._warn_if_too_large(kind, self._expected[kind] - len(chunk), written / len(chunk))
+            self._warn_if_too_large(kind, self.processes * to_come, written / len(chunk))
 
     def _warn_if_too_large(self, kind: Kind, to_come: int, bytes_each: float) -> None:
-        """Said after the first chunk, not by a full disk hours later: one prompt of T5 takes megabytes."""
+        """Said after the first chunk, not by a full disk hours later: one prompt of T5 takes megabytes. At most: rows may
+        share images, and the cache may have some."""
         free = shutil.disk_usage(self.cache.folder).free
         if to_come * bytes_each > free:
             warnings.warn(

@@ -58,7 +58,10 @@ def weights_hash(modules: dict[str, nn.Module], salt: str) -> str:
 
 
 def stored_settings(part: Any) -> dict[str, Any]:
-    """What the config file of a component says: without its path, version and dtype, and what the library fills in."""
+    """What the config file of a component says: without its path, version and dtype, and what diffusers fills in.
+
+    transformers fills in what its class adds; a new version may therefore give other settings for the same file.
+    """
     if hasattr(part.config, "to_diff_dict"):  # of transformers
         return _without_noise(part.config.to_diff_dict())
     filled_in = part.config.get("_use_default_values", ())
@@ -67,14 +70,15 @@ def stored_settings(part: Any) -> dict[str, Any]:
 
 def _without_noise(settings: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: _without_noise(value) if isinstance(value, dict) else value
+        str(key): _without_noise(value) if isinstance(value, dict) else value
         for key, value in settings.items()
         if not str(key).startswith("_") and key not in ("transformers_version", "architectures", "dtype")
     }
 
 
 def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
-    """All that decides the ids of a text: merges and normalisation with the vocabulary, limit, padding, special tokens.
+    """What decides the ids of a text: merges and normalisation with the vocabulary, limit, padding, special tokens; of a
+    slow tokenizer its files.
 
     Truncation and padding that a call left behind do not count.
     """

@@ -58,6 +58,8 @@ def save(folder: Path, state: LoopState, trainable: Trainable, *, keep: int) -> 
     Raises `CheckpointError` when it cannot be written; what was there before stays.
     """
     target = folder / f"step_{state.step}"
+    if (target / "state.json").is_file():  # never replaced: a kill between two renames would leave none
+        return target
     try:
         with atomic_folder(target) as temporary:
             tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable.parameters}
@@ -118,8 +120,8 @@ def check_belongs(saved: LoopState, now: LoopState, checkpoint: Path) -> None:
     ):
         if found != expected:
             raise CheckpointError(
-                f"{checkpoint} belongs to other {what} (fingerprint {found}, now {expected}): what the same path holds "
-                f"has changed. Give a new output_dir, or put the old {what} back"
+                f"{checkpoint} belongs to other {what} (fingerprint {found}, now {expected}): what the same path holds, "
+                f"or the library that reads it, has changed. Give a new output_dir, or put the old {what} back"
             )
     for file, digest in now.code.items():
         if saved.code.get(file, digest) != digest:

@@ -172,11 +172,11 @@ def _is_leftover(name: str) -> bool:
 def check_same_trajectory(found: Path, config: Config) -> None:
     """Raise `ConfigError` with the differences if `found` would not lead to the same weights."""
     try:
-        old = dict(flatten(dump(Config.model_validate(yaml.safe_load(found.read_text())))))
+        old = _comparable(Config.model_validate(yaml.safe_load(found.read_text())))
     except (ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{found} cannot be read as a run's config: {reason}. Give a new output_dir") from None
-    new = dict(flatten(dump(config)))
+    new = _comparable(config)
     differences = [
         f"{key}: {old.get(key, 'absent')!r} -> {new.get(key, 'absent')!r}"
         for key in sorted(old.keys() | new.keys())
@@ -187,6 +187,12 @@ def check_same_trajectory(found: Path, config: Config) -> None:
             f"output_dir {str(found.parent)!r} holds a run of another config; it would not continue the same run: "
             f"{'; '.join(differences)}. Give a new output_dir, or the old values"
         )
+
+
+def _comparable(config: Config) -> dict[str, Any]:
+    """Its dotted keys. How long a reward may take changes no score."""
+    rewards = [reward.model_copy(update={"timeout": None}) for reward in config.rewards]
+    return dict(flatten(dump(config.model_copy(update={"rewards": rewards}))))
 
 
 def _is_free(key: str, config: Config) -> bool:

@@ -11,7 +11,7 @@ from mmalign.config import ConfigError, LoadedConfig, reward_identity
 from mmalign.data.groups import Groups, GroupSample, check_even
 from mmalign.reward import RewardError
 from mmalign.run import atomic
-from mmalign.run.checkpoint import LoopState
+from mmalign.run.checkpoint import CheckpointError, LoopState
 from mmalign.run.panel import RewardPanel, Rewards
 from mmalign.run.preflight import probe_rollout
 from mmalign.run.session import Session
@@ -98,10 +98,14 @@ class OnlineSession(Session):
         except RewardError as error:
             if not state.step:  # nothing was trained yet
                 raise
-            self.checkpoint(policy, state, meter)
+            text = str(error).rstrip(".")
+            try:
+                self.checkpoint(policy, state, meter)
+            except CheckpointError as unwritten:
+                raise CheckpointError(f"{text}. Then {unwritten}") from error
             raise RewardError(
-                f"{str(error).rstrip('.')}. Nothing is lost: a checkpoint of step {state.step} is written. With this "
-                f"mended, start the same command again",
+                f"{text}. Nothing is lost: a checkpoint of step {state.step} is written. With this mended, start the "
+                f"same command again",
                 error.problem,
             ) from error
 

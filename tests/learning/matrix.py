@@ -62,13 +62,13 @@ RECIPES = {
     "dpo_full_swapped": Recipe(
         "synthetic/sdxl_diffusion_dpo_full.yaml", ("data.swap=true", "train.stop=null"), "worse at both"
     ),
-    "dpo_full_shuffled": Recipe("synthetic/sdxl_diffusion_dpo_full.yaml", ("data.label_noise=0.5",), "not better"),
+    "dpo_full_shuffled": Recipe("synthetic/sdxl_diffusion_dpo_full.yaml", ("data.label_noise=0.5",), "at 50 at both"),
     # Without the model's own samples among the losers.
     "dpo_drawn": Recipe("synthetic/sdxl_diffusion_dpo_drawn_full.yaml", (), "better"),
     "dpo_guided": Recipe("synthetic/sdxl_diffusion_dpo_guided_full.yaml", (), "better"),
     "dpo_guided_swapped": Recipe("synthetic/sdxl_diffusion_dpo_guided_full.yaml", ("data.swap=true",), "worse"),
     "dpo_guided_shuffled": Recipe(
-        "synthetic/sdxl_diffusion_dpo_guided_full.yaml", ("data.label_noise=0.5",), "not better"
+        "synthetic/sdxl_diffusion_dpo_guided_full.yaml", ("data.label_noise=0.5",), "at 50 at both"
     ),
     "dpo_lora": Recipe("synthetic/sdxl_diffusion_dpo_lora.yaml", (), "better"),
     "dpo_lora_shuffled": Recipe("synthetic/sdxl_diffusion_dpo_lora.yaml", ("data.label_noise=0.5",), "not better"),
@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             table = summarise(runs[name])
             show(name, table)
-        results[name] = {"claim": RECIPES[name].claim, **table}
+        results[name] = table
     for name, (first, second) in DIFFERENCES.items():
         if {first, second} <= runs.keys():
             scales = sorted({guidance for _, guidance in scores(runs[first][0])})

@@ -95,8 +95,8 @@ def test_killed_in_any_phase_ends_with_the_same_bits(tmp_path: Path, phase: str)
     metrics = killed / "metrics.jsonl"
     # 4 micro-batches are scored per iteration, 0.4 s each, by one worker; 2 lines are logged per iteration.
     moments = {
-        "rollout": lambda: num_calls(tmp_path) == 5,  # the first micro-batch is drawn, three are to come
-        "reward": lambda: num_calls(tmp_path) == 7,
+        "rollout": lambda: num_calls(tmp_path) >= 5,  # the first micro-batch is drawn, three are to come
+        "reward": lambda: num_calls(tmp_path) >= 7,
         "update": lambda: num_lines(metrics) == 3,
     }
     wait_until(process, moments[phase])
