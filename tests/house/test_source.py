@@ -7,6 +7,7 @@ that a rule that has stopped finding anything fails too.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -118,11 +119,14 @@ def edges_import_neighbours_relatively(tree: ast.Module, module: str) -> list[st
     return sorted(found)
 
 
+distributions = functools.cache(packages_distributions)
+
+
 def third_party_is_declared(tree: ast.Module, module: str) -> list[str]:
     project = PYPROJECT["project"]
     declared = [*project["dependencies"], *(r for rs in project["optional-dependencies"].values() for r in rs)]
     known = {canonicalize_name(Requirement(requirement).name) for requirement in declared}
-    homes = packages_distributions()
+    homes = distributions()
     # Scripts are run, not installed: their neighbours are top-level names.
     scripts = below(module, "mmalign.assets.build", "mmalign.bench")
     siblings = {path.stem for path in sources("assets/build", "bench")} if scripts else set()

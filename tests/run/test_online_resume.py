@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,29 +75,37 @@ def num_calls(folder: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("phase", ["rollout", "reward", "update"])
-def test_killed_in_any_phase_ends_with_the_same_bits(tmp_path: Path, phase: str):
-    """Two updates per rollout; a checkpoint after each iteration; killed in the second iteration."""
-    rewards = write_rewards(tmp_path)
-    whole = online_config(
-        tmp_path,
-        [f"{rewards}:slow_red"],
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The config of a finished run: two updates per rollout, a checkpoint after each iteration."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = online_config(
+        folder,
+        [f"{write_rewards(folder)}:slow_red"],
         train={"steps": STEPS, "ema": {"decay": 0.9}},
         checkpoint={"every": 1},
-        output_dir=str(tmp_path / "whole"),
+        output_dir=str(folder / "whole"),
     )
-    mmalign.train(whole)
-    (tmp_path / "calls.txt").unlink()
-    killed = tmp_path / "killed"
-    config = tmp_path / "config.yaml"
+    mmalign.train(config)
+    return config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["rollout", "reward", "update"])
+def test_killed_in_any_phase_ends_with_the_same_bits(whole: dict[str, Any], phase: str):
+    """Killed in the second iteration."""
+    uninterrupted = Path(whole["output_dir"])
+    folder = uninterrupted.parent
+    (folder / "calls.txt").unlink()
+    killed = folder / phase
+    config = folder / f"{phase}.yaml"
     config.write_text(yaml.safe_dump({**whole, "output_dir": str(killed)}))
     process = start(config)
     metrics = killed / "metrics.jsonl"
     # 4 micro-batches are scored per iteration, 0.4 s each, by one worker; 2 lines are logged per iteration.
     moments = {
-        "rollout": lambda: num_calls(tmp_path) >= 5,  # the first micro-batch is drawn, three are to come
-        "reward": lambda: num_calls(tmp_path) >= 7,
+        "rollout": lambda: num_calls(folder) >= 5,  # the first micro-batch is drawn, three are to come
+        "reward": lambda: num_calls(folder) >= 7,
         "update": lambda: num_lines(metrics) == 3,
     }
     wait_until(process, moments[phase])
@@ -105,7 +114,7 @@ def test_killed_in_any_phase_ends_with_the_same_bits(tmp_path: Path, phase: str)
     assert [path.name for path in complete(killed / "checkpoints")] == ["step_2"]
     output = finish(start(config))
     assert "resumed from" in output
-    assert_same_bits(tmp_path / "whole", killed)
+    assert_same_bits(uninterrupted, killed)
     assert [line["step"] for line in logged(killed)] == list(range(1, STEPS + 1))
 
 
