@@ -288,23 +288,20 @@ chosen and {words["rejected"]:.2f} in the rejected answer on average.
 
 
 def sdxl_pairs(facts: dict) -> str:
-    kinds, own = facts["pairs_by_kind"], facts["own_by_guidance_scale"]
     return f"""# sdxl-pairs
 
 {facts["num_pairs"]:,} preference pairs for `sdxl-tiny` on the mmalign synthetic world, train captions only, \
 {facts["bytes"]:,} bytes.
-Chosen is a render of the caption.
 
-| kind | pairs | rejected |
-|---|---|---|
-| wrong_attribute | {kinds["wrong_attribute"]:,} | a render with one or two attributes wrong |
-| own_sample | {kinds["own_sample"]:,} | drawn by the model in {facts["num_inference_steps"]} steps: {own["1"]:,} unguided, \
-{own["3"]:,} at its default scale 3 |
+| side | what |
+|---|---|
+| rejected | drawn by the model itself in {facts["num_inference_steps"]} steps at guidance scale {facts["guidance_scale"]:g} |
+| chosen | the nearest of {facts["nearest_of"]} renders of the caption (mean squared difference): the two differ in what is \
+wrong and little else |
 
-`train.parquet` has the columns `id`, `prompt`, `chosen`, `rejected` (images, \
-WebP of quality {facts["webp_quality"]} on both sides),
-`kind` and `guidance_scale`. The exact scorer prefers the chosen image of every pair; \
-{facts["own_right"]:.0%} of the own samples
+`train.parquet` has the columns `id`, `prompt`, `chosen` and `rejected` (images, \
+WebP of quality {facts["webp_quality"]} on both sides).
+The exact scorer prefers the chosen image of every pair; {facts["own_right"]:.0%} of the rejected ones
 have all attributes right and lose on how exactly they are drawn.
 
 | | |
